@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, device, dtype
 
@@ -101,14 +101,6 @@ class Prediction:
     prediction: int
     scores: list[float]
     probes: dict[str, list[float]] = field(default_factory=dict)
-
-
-class Rng(Protocol):
-    """See vlm.data.rng.SampleRng: three generators (python, numpy, torch) derived from one seed."""
-
-    python: Any
-    numpy: Any
-    torch: Any
 
 
 class UserError(ValueError):

@@ -27,6 +27,14 @@ class Sample:
     annotation: dict[str, Any] = field(default_factory=dict)
 
 
+class Rejected(NamedTuple):
+    """A row of an annotation file, or a media file, that cannot become a record: goes into the manifest by reason."""
+
+    key: str
+    reason: str  # one sentence naming file, row or column, and the value
+    file: str = ""
+
+
 @dataclass(slots=True, kw_only=True)
 class Record:
     """One record read back from a shard: the bytes of its media and its annotation, plus what the index knows."""

@@ -1,0 +1,184 @@
+"""Typed configuration: dataclasses, strict `key.path=value` overrides, plain-dict export, and `--help-all`.
+
+Every error names the path that is wrong, the value, and the nearest name that would be right. Config dataclasses are
+keyword-only with slots; each field is documented by the string under it; contradictions are refused in `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlm.types import UserError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def override(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
+    """A copy of `config` with `key.path=value` assignments applied in order.
+
+    Args:
+        config: a dataclass instance; nested dataclasses and dicts are reached by dots.
+        assignments: e.g. `["optim.lr=3e-4", "model.llama.layer=15", "steps=100"]`.
+    Raises:
+        UserError: not of the form path=value; unknown path (with the nearest name); value of the wrong type.
+    """
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator or not path:
+            raise UserError(f"override {assignment!r} is not of the form key.path=value, for example optim.lr=3e-4")
+        config = _assign(config, path.split("."), text, path)
+    return config
+
+
+def _assign(node: Any, parts: list[str], text: str, path: str) -> Any:
+    name, rest = parts[0], parts[1:]
+    where = path[: len(path) - len(".".join(parts))].rstrip(".") or "the recipe"
+    if isinstance(node, dict):
+        if name not in node:
+            raise UserError(f"{path}: {where} has no entry {name!r}{_nearest(name, list(node))}")
+        value = _assign(node[name], rest, text, path) if rest else parse(text, type(node[name]), path)
+        return {**node, name: value}
+    if not dataclasses.is_dataclass(node):
+        raise UserError(f"{path}: {where} is {node!r}, which has no field {name!r}")
+    fields = {f.name: f for f in dataclasses.fields(node)}
+    if name not in fields:
+        raise UserError(f"{path}: {where} has no field {name!r}{_nearest(name, list(fields))}")
+    current = getattr(node, name)
+    if rest:
+        if current is None:
+            raise UserError(f"{path}: {name!r} is off (None) in this recipe, so {'.'.join(rest)!r} cannot be set")
+        value = _assign(current, rest, text, path)
+    else:
+        if dataclasses.is_dataclass(current) and text.lower() not in ("none", "null"):
+            inner = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(current)[:4])
+            raise UserError(f"{path}: is a group of settings; set one of its fields, for example {inner}")
+        value = parse(text, _hints(type(node))[name], path)
+    try:
+        return dataclasses.replace(node, **{name: value})
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}={text}: {error}") from error
+
+
+def parse(text: str, kind: Any, path: str) -> Any:
+    """`text` as a value of the annotated type `kind` (bool, int, float, str, Path, Literal, tuple, Optional, union).
+
+    Raises:
+        UserError: naming `path`, the text and what was expected.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in arguments and text.lower() in ("none", "null"):
+            return None
+        failures = []
+        for option in arguments:
+            if option is type(None) or dataclasses.is_dataclass(option):
+                continue
+            try:
+                return parse(text, option, path)
+            except UserError as error:
+                failures.append(error)
+        raise failures[0] if failures else UserError(f"{path}={text}: only none can be given here")
+    if origin is typing.Literal:
+        for option in arguments:
+            if str(option) == text:
+                return option
+        raise UserError(f"{path}={text}: expected one of {', '.join(map(str, arguments))}")
+    if origin is tuple:
+        items = [item for item in text.strip("()[]").split(",") if item.strip()]
+        kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(items):
+            raise UserError(f"{path}={text}: expected {len(kinds)} values separated by commas, got {len(items)}")
+        return tuple(parse(item.strip(), item_kind, path) for item, item_kind in zip(items, kinds))
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UserError(f"{path}={text}: expected true or false")
+    if kind in (int, float):
+        try:
+            return kind(text.replace("_", ""))
+        except ValueError:
+            raise UserError(f"{path}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
+    if kind is str:
+        return text
+    if kind is Path:
+        return Path(text)
+    raise UserError(f"{path}={text}: a value of type {kind} cannot be given on the command line")
+
+
+def to_dict(config: Any) -> Any:
+    """Plain JSON-able containers: dataclasses as dicts in field order, paths as strings, tuples as lists."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    if isinstance(config, Path):
+        return str(config)
+    if config is None or isinstance(config, (bool, int, float, str)):
+        return config
+    raise TypeError(f"{config!r} ({type(config)}) cannot stand in a config")
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Readable differences of two `to_dict` results: `optim.lr: 0.001 -> 0.0003`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def describe(config: Any, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Every leaf field as (path, type, value, documentation): what `--help-all` prints."""
+    documents = _field_documents(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        path = f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            yield from describe(value, f"{path}.")
+        else:
+            kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
+            yield path, kind, value, documents.get(f.name, "")
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _field_documents(cls: type) -> dict[str, str]:
+    """The string literal that stands under each annotated field of a dataclass (and of its bases)."""
+    documents: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        except (OSError, TypeError):
+            continue
+        assert isinstance(body, ast.ClassDef)
+        for field_node, text_node in zip(body.body, body.body[1:]):
+            if (
+                isinstance(field_node, ast.AnnAssign)
+                and isinstance(field_node.target, ast.Name)
+                and isinstance(text_node, ast.Expr)
+                and isinstance(text_node.value, ast.Constant)
+                and isinstance(text_node.value.value, str)
+            ):
+                documents[field_node.target.id] = " ".join(text_node.value.value.split())
+    return documents
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(names))}"

@@ -1,0 +1,171 @@
+"""Processes: find out how this one was started, join the group, and a few collectives with plain names.
+
+Understood starters, in this order: `deepspeed` / `torchrun` (RANK, WORLD_SIZE, … are set), `srun` (SLURM_PROCID, …),
+`mpirun` (found through mpi4py), and none of these (a single process).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vlm.types import UserError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all: `rank` of `size`, `local_rank` on its host, its device and who started it."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    starter: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join(timeout_minutes: float = 30.0) -> World:
+    """Join the process group (NCCL on CUDA, gloo on CPU) through DeepSpeed and return this process's place.
+
+    Raises:
+        UserError: the environment names a process group only in part, or fewer GPUs than processes on this host.
+    """
+    starter = _find_starter()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    # The shared-memory op serves inference only, yet init_distributed would compile it on every CPU host (a minute,
+    # and for ever if an earlier compilation was killed).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this host has {torch.cuda.device_count()} GPU(s) but process {local_rank} of it was started: start "
+                "one process a GPU (deepspeed --num_gpus N, or one Slurm task a GPU)"
+            )
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
+    )
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, starter)
+
+
+def leave() -> None:
+    """Leave the process group, so that no process is left waiting at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _find_starter() -> str:
+    """Fill in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT where they are missing; return who started us."""
+    given = [name for name in _VARIABLES if name in os.environ]
+    if len(given) == len(_VARIABLES):
+        return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "deepspeed"
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"started by srun with {os.environ['SLURM_NTASKS']} tasks, but {' and '.join(missing)} is not set: "
+                "export the address of the first node of the step and a free port before srun"
+            )
+        return "slurm"
+    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
+        _from_mpi()
+        return "mpi"
+    if given:
+        raise UserError(
+            f"only {', '.join(given)} of {', '.join(_VARIABLES)} are set: start through deepspeed, torchrun, srun or "
+            "mpirun, or unset them for a single process"
+        )
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    return "single"
+
+
+def _from_mpi() -> None:
+    """Ranks from MPI; rank 0's address and a free port of its host are sent to all."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: the wheel found no libmpi
+        raise UserError(
+            f"started by mpirun, but mpi4py cannot be used ({error}): pip install -e '.[mpi]' and an MPI library "
+            "(Debian: openmpi-bin libopenmpi3)"
+        ) from error
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = local.Get_size() == world.Get_size()
+    address = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
+    address, port = world.bcast((address, _free_port()) if world.Get_rank() == 0 else None, root=0)
+    os.environ.update(
+        RANK=str(world.Get_rank()),
+        WORLD_SIZE=str(world.Get_size()),
+        LOCAL_RANK=str(local.Get_rank()),
+        MASTER_ADDR=os.environ.get("MASTER_ADDR", address),
+        MASTER_PORT=os.environ.get("MASTER_PORT", str(port)),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise float64 sum of a short list over all ranks (one all-reduce)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """Every rank's picklable `value` in rank order on rank 0, None elsewhere."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered, dst=0)
+    return gathered
+
+
+def share_object(value: Any) -> Any:
+    """Rank 0's picklable `value` on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def share(count: int, world_size: int, rank: int) -> tuple[int, int]:
+    """Rank `rank`'s contiguous part [start, stop) of `count` items; parts differ in size by at most one."""
+    base, extra = divmod(count, world_size)
+    start = rank * base + min(rank, extra)
+    return start, start + base + (rank < extra)

@@ -1,0 +1,186 @@
+"""A recipe: everything that decides the science of one run. Hardware settings live in `ds_configs/*.json`.
+
+`load("vit_llama.demo", ["steps=100"])` imports `vlm.recipes.vit_llama` and calls its function `demo` (the one dynamic
+import of the project), then applies the overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import vlm.recipes
+from vlm.config import override
+from vlm.data.rng import SampleRng
+from vlm.models.system import System
+from vlm.types import Batch, Example, Record, UserError
+
+
+class ModelConfig(Protocol):
+    """What a recipe's `model` must offer."""
+
+    def build(self) -> System: ...
+
+
+class ClipPipeline(Protocol):
+    """What a recipe's `clips` must offer: record -> examples -> batch (vlm.data.clips)."""
+
+    repeats: int
+
+    def train(self, record: Record, rng: SampleRng) -> list[Example]: ...
+
+    def collate(self, examples: list[Example], rng: SampleRng) -> Batch: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with linear warmup and cosine decay, one value a step."""
+
+    lr: float
+    """Peak learning rate, already scaled for the global batch size."""
+    min_lr: float = 0.0
+    """Where the cosine ends."""
+    warmup_steps: int | None = None
+    """Steps of linear warmup; none: `warmup_epochs` decides."""
+    warmup_epochs: float = 0.0
+    """Warmup in epochs, used where `warmup_steps` is none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.05
+    """Decoupled decay; biases, norms and other one-dimensional parameters have none."""
+    layer_decay: float = 1.0
+    """Learning-rate factor from layer to layer, counted from the head down; 1: off."""
+    max_grad_norm: float = 0.0
+    """Clip gradients to this global L2 norm; 0: off."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr is {self.lr}; it must be above 0")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optim.layer_decay is {self.layer_decay}; it must be in (0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainData:
+    """Where training records come from."""
+
+    shards: str
+    """Folder that tools/make_shards.py wrote."""
+    workers: int = 4
+    """Loader processes a rank; 0: load in the training process. Does not change the order."""
+    quarantine_share: float = 0.005
+    """The run stops when more than this share of the records has turned out to be unusable."""
+    substitutes: int = 16
+    """How many substitutes to try, one after the other, for an unusable record."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """The test at the end of training, and of launch/evaluate.py."""
+
+    shards: str
+    """Folder of test shards."""
+    workers: int = 4
+    """Loader processes a rank."""
+    batch_size: int = 8
+    """Videos decoded for one forward pass (each gives all its views)."""
+    probes: tuple[str, ...] = ()
+    """Extra conditions scored on the same clips: one_frame, shuffled_frames. They show what the model does not use."""
+    at_end: bool = True
+    """Evaluate when training ends."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Recipe:
+    """Everything a run is made of, apart from hardware."""
+
+    model: Any
+    """Architecture: a config dataclass with build()."""
+    clips: Any
+    """From record to example: a config dataclass of vlm.data.clips."""
+    data: TrainData
+    optim: OptimConfig
+    views: dict[str, float]
+    """Loss name -> weight. A view's name is its loss's name and its log key."""
+    global_batch_size: int
+    """Records (videos) an optimizer step, over all processes."""
+    eval: EvalConfig | None = None
+    """None: this system has no test (masked pretraining)."""
+    epochs: float | None = None
+    """Length of training in passes over the shards; used where `steps` is none."""
+    steps: int | None = None
+    """Length of training in optimizer steps."""
+    seed: int = 0
+    """Decides initial weights, order, augmentation and dropout."""
+    run_dir: Path = Path("runs/default")
+    """Everything a run writes goes here."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one is always written at the end. 0: only at the end."""
+    checkpoint_keep: int = 2
+    """Newest checkpoints kept."""
+    init_from: Path | None = None
+    """Trainable weights to start from: a checkpoint of ours, or a published file of the same system."""
+    log_every: int = 10
+    """Steps between console lines (metrics.jsonl has every step)."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases mode; whatever it does, the run goes on without it."""
+    audit_steps: int = 3
+    """First steps in which gradients are audited (dead trainable tensors, moved frozen ones)."""
+    max_bad_steps: int = 0
+    """Steps with a non-finite loss or gradient that are skipped (on all ranks together) before the run stops."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            if self.steps is None:
+                raise ValueError("a recipe needs steps or epochs")
+            self.epochs = None
+        for name in ("global_batch_size", "log_every", "checkpoint_keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        self.run_dir = Path(self.run_dir)
+
+
+def names() -> list[str]:
+    """Every shipped recipe, as `module.function`."""
+    found = []
+    for module in pkgutil.iter_modules(vlm.recipes.__path__):
+        functions = _recipes_of(importlib.import_module(f"vlm.recipes.{module.name}"))
+        found += [f"{module.name}.{name}" for name in functions]
+    return sorted(found)
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe called `name` (for example "vit_llama.demo") with `key.path=value` overrides applied.
+
+    Raises:
+        UserError: no such recipe (with the nearest names), or a wrong override.
+    """
+    module_name, _, function_name = name.partition(".")
+    known = [module.name for module in pkgutil.iter_modules(vlm.recipes.__path__)]
+    if module_name in known and function_name:
+        functions = _recipes_of(importlib.import_module(f"vlm.recipes.{module_name}"))
+        if function_name in functions:
+            return override(functions[function_name](), list(overrides))
+    close = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
+    raise UserError(f"there is no recipe {name!r}; did you mean {', '.join(close)}?")
+
+
+def _recipes_of(module: Any) -> dict[str, Callable[[], Recipe]]:
+    return {
+        name: function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+__all__ = ["ClipPipeline", "EvalConfig", "ModelConfig", "OptimConfig", "Recipe", "TrainData", "load", "names"]

@@ -1,0 +1,41 @@
+# Every target sets itself up: the first one called makes .venv (requirements/env.sh), later ones find it current.
+#   make demo                    train and evaluate a video model on this machine, on its processor alone if need be
+#   make env PYTHON=python3.12   only the environment, with this interpreter
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow lint
+
+SYSTEM ?= vit_llama
+# Where the demo puts its corpus and shards, and its runs.
+DATA ?= data/demo
+RUNS ?= runs/demo
+# More arguments for pytest: make test PYTEST_ARGS='-k shards -x'
+PYTEST_ARGS ?=
+
+# A process a core: the threads of several processes on few cores only wait for each other.
+export OMP_NUM_THREADS ?= 1
+
+help:
+	@echo "make env          the environment (.venv), made once"
+	@echo "make demo         render a corpus, train, evaluate, report (SYSTEM=vit_llama)"
+	@echo "make test         lint and the fast tests"
+	@echo "make test-slow    the rest: the demo for real, kill and resume, offload"
+	@echo "make lint         ruff and mypy"
+
+env:
+	@requirements/env.sh
+
+demo: env
+	@tools/demo.sh "$(SYSTEM)" "$(DATA)" "$(RUNS)"
+
+lint: env
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test: lint
+	.venv/bin/python -m pytest --durations=15 $(PYTEST_ARGS)
+
+test-slow: env
+	.venv/bin/python -m pytest -m slow --durations=15 $(PYTEST_ARGS)

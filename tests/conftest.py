@@ -1,0 +1,85 @@
+"""Where tests find real clips and recorded numbers, and the rule on skipping.
+
+Real clips: the folder VLM_REALDATA (default ../shared/realdata beside the repository). Numbers recorded from the
+originals: the folder VLM_GOLDENS (default tests/goldens, which holds a part of them).
+
+Under VLM_CI=1 a skip is a failure of the session unless its reason is on `ALLOWED`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+NO_REALDATA = "VLM_REALDATA not found"
+NO_GOLDEN = "golden file not in tests/goldens"
+ALLOWED = ("needs GPU", "needs CUDA", "needs a GPU", NO_REALDATA)
+"""Beginnings of the reasons for which a test may be skipped under VLM_CI: hardware, and data that cannot be shared.
+NO_GOLDEN joins them while VLM_GOLDENS is not set."""
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    """The folder of real clips and annotation files; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("VLM_REALDATA", REPOSITORY.parent / "shared" / "realdata"))
+    if not folder.is_dir():
+        pytest.skip(f"{NO_REALDATA}: {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden():  # type: ignore[no-untyped-def]
+    """`golden("vitllama_mixup.json")` is the path of a recorded file; a missing one skips only in the default folder."""
+    chosen = os.environ.get("VLM_GOLDENS")
+    folder = Path(chosen) if chosen else REPOSITORY / "tests" / "goldens"
+
+    def find(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            if chosen:
+                pytest.fail(f"VLM_GOLDENS={chosen} has no {name}; with VLM_GOLDENS set every file must be there")
+            pytest.skip(f"{NO_GOLDEN}: {name}")
+        return path
+
+    return find
+
+
+def is_allowed(reason: str) -> bool:
+    """Whether CI accepts that a test was skipped for this reason."""
+    reason = reason.removeprefix("Skipped: ")
+    allowed = ALLOWED if os.environ.get("VLM_GOLDENS") else (*ALLOWED, NO_GOLDEN)
+    return reason.startswith(allowed)
+
+
+_refused: list[str] = []
+
+
+def _note(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not is_allowed(reason):
+            _refused.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _note(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    _note(report)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("VLM_CI") and _refused and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ.get("VLM_CI") and _refused:
+        terminalreporter.section("skipped under VLM_CI for reasons that are not allowed", sep="=", red=True)
+        for line in _refused:
+            terminalreporter.line(line)

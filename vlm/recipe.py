@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import vlm.recipes
 from vlm.config import override
 from vlm.data.rng import SampleRng
 from vlm.models.system import System
@@ -96,6 +95,10 @@ class EvalConfig:
     """Extra conditions scored on the same clips: one_frame, shuffled_frames. They show what the model does not use."""
     at_end: bool = True
     """Evaluate when training ends."""
+    every: int = 0
+    """Also evaluate (without probes) every so many steps, to know the best checkpoint; 0: never."""
+    metric: str = "top1"
+    """Which metric decides the best checkpoint (larger is better)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,9 +118,9 @@ class Recipe:
     eval: EvalConfig | None = None
     """None: this system has no test (masked pretraining)."""
     epochs: float | None = None
-    """Length of training in passes over the shards; used where `steps` is none."""
+    """Length of training in passes over the shards; decides where `steps` is none."""
     steps: int | None = None
-    """Length of training in optimizer steps."""
+    """Length of training in optimizer steps; where given, it decides."""
     seed: int = 0
     """Decides initial weights, order, augmentation and dropout."""
     run_dir: Path = Path("runs/default")
@@ -138,10 +141,8 @@ class Recipe:
     """Steps with a non-finite loss or gradient that are skipped (on all ranks together) before the run stops."""
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            if self.steps is None:
-                raise ValueError("a recipe needs steps or epochs")
-            self.epochs = None
+        if self.steps is None and self.epochs is None:
+            raise ValueError("a recipe needs steps or epochs")
         for name in ("global_batch_size", "log_every", "checkpoint_keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -153,9 +154,8 @@ class Recipe:
 def names() -> list[str]:
     """Every shipped recipe, as `module.function`."""
     found = []
-    for module in pkgutil.iter_modules(vlm.recipes.__path__):
-        functions = _recipes_of(importlib.import_module(f"vlm.recipes.{module.name}"))
-        found += [f"{module.name}.{name}" for name in functions]
+    for module in _modules():
+        found += [f"{module}.{name}" for name in _recipes_of(importlib.import_module(f"vlm.recipes.{module}"))]
     return sorted(found)
 
 
@@ -166,13 +166,19 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such recipe (with the nearest names), or a wrong override.
     """
     module_name, _, function_name = name.partition(".")
-    known = [module.name for module in pkgutil.iter_modules(vlm.recipes.__path__)]
-    if module_name in known and function_name:
+    if module_name in _modules() and function_name:
         functions = _recipes_of(importlib.import_module(f"vlm.recipes.{module_name}"))
         if function_name in functions:
-            return override(functions[function_name](), list(overrides))
+            recipe = override(functions[function_name](), list(overrides))
+            if recipe.steps is not None and any(o.startswith("epochs=") for o in overrides):
+                raise UserError(f"epochs is given, but {name} runs for steps={recipe.steps}: add steps=none")
+            return recipe
     close = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
     raise UserError(f"there is no recipe {name!r}; did you mean {', '.join(close)}?")
+
+
+def _modules() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(importlib.import_module("vlm.recipes").__path__)]
 
 
 def _recipes_of(module: Any) -> dict[str, Callable[[], Recipe]]:

@@ -1,0 +1,117 @@
+"""Which frames of a clip are read: pure functions from a frame count (and a generator) to frame indices.
+
+Three families, as in VideoMAE (arXiv 2203.12602, §4 and its released recipes):
+segments   the clip is cut into S equal segments and one frame is taken from each (TSN, arXiv 1608.00859); SSv2
+dense      `clip_length` frames spread over a window of `clip_length * stride` frames; Kinetics
+strided    `clip_length` frames exactly `stride` apart from a random start; masked pretraining
+
+Every function returns an int64 array; N is the number of frames of the video, S the number of segments. The offsets of
+the seeded originals come from numpy's legacy generator, so `generator` is a `numpy.random.RandomState`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.random import RandomState
+
+
+def segment_frames(num_frames: int, num_segments: int, generator: RandomState | None) -> np.ndarray:
+    """One frame per segment of N // S frames: (S,) indices.
+
+    With a generator the offset inside each segment is drawn uniformly (training); with None it is the middle one. The
+    N - S * (N // S) frames after the last segment are never used. A video shorter than S frames gives frame 0 S times:
+    the original repeats it too (its branch for short videos cannot be reached).
+    """
+    _check(num_frames, num_segments)
+    length = num_frames // num_segments
+    if length == 0:
+        return np.zeros(num_segments, dtype=np.int64)
+    if generator is None:
+        offsets = np.full(num_segments, length // 2, dtype=np.int64)
+    else:
+        offsets = generator.randint(0, length, size=num_segments).astype(np.int64)
+    return np.arange(num_segments, dtype=np.int64) * length + offsets
+
+
+def segment_test_grid(num_frames: int, num_segments: int) -> np.ndarray:
+    """The 2S test frames of a video, sorted: the start and the middle of each segment of N / S (fractional) frames."""
+    _check(num_frames, num_segments)
+    tick = num_frames / num_segments
+    steps = range(num_segments)
+    return np.array(sorted([int(tick / 2 + tick * x) for x in steps] + [int(tick * x) for x in steps]), dtype=np.int64)
+
+
+def segment_test_clips(num_frames: int, num_segments: int, num_clips: int) -> list[np.ndarray]:
+    """Test clips of S frames: both strided halves of the grid, or, for one clip, the middle of each segment.
+
+    The stride of 2 is part of the original's arithmetic, so no other number of clips is defined.
+    """
+    if num_clips == 1:
+        return [segment_frames(num_frames, num_segments, None)]
+    if num_clips != 2:
+        raise ValueError(
+            f"segment sampling defines 1 or 2 test clips, not {num_clips}: the test grid has 2 frames per segment"
+        )
+    grid = segment_test_grid(num_frames, num_segments)
+    return [grid[0::2], grid[1::2]]
+
+
+def dense_frames(num_frames: int, clip_length: int, stride: int, generator: RandomState) -> np.ndarray:
+    """Training indices, (clip_length,): evenly over a random window of `clip_length * stride` frames.
+
+    A video no longer than the window is covered from its start by N // stride indices, and the last frame is repeated.
+    """
+    _check(num_frames, clip_length, stride)
+    window = clip_length * stride
+    if num_frames <= window:
+        covered = np.linspace(0, num_frames, num=num_frames // stride)
+        indices = np.concatenate([covered, np.full(clip_length - len(covered), num_frames, dtype=np.float64)])
+        return np.clip(indices, 0, num_frames - 1).astype(np.int64)
+    end = int(generator.randint(window, num_frames))
+    return np.clip(np.linspace(end - window, end, num=clip_length), end - window, end - 1).astype(np.int64)
+
+
+def dense_test_grid(num_frames: int, clip_length: int, stride: int) -> np.ndarray:
+    """Every `stride`-th frame of the video, the last one repeated up to `clip_length`."""
+    _check(num_frames, clip_length, stride)
+    grid = np.arange(0, num_frames, stride, dtype=np.int64)
+    missing = clip_length - len(grid)
+    return np.concatenate([grid, np.full(missing, grid[-1])]) if missing > 0 else grid
+
+
+def dense_test_clips(num_frames: int, clip_length: int, stride: int, num_clips: int) -> list[np.ndarray]:
+    """`num_clips` runs of `clip_length` grid frames, evenly spaced from first to last; a single one is centred."""
+    grid = dense_test_grid(num_frames, clip_length, stride)
+    slack = len(grid) - clip_length
+    if num_clips == 1:
+        starts = [slack // 2]
+    else:
+        step = slack / (num_clips - 1)
+        starts = [int(clip * step) for clip in range(num_clips)]
+    return [grid[start : start + clip_length] for start in starts]
+
+
+def strided_frames(num_frames: int, clip_length: int, stride: int, generator: RandomState | None) -> np.ndarray:
+    """Pretraining indices, (clip_length,): `stride` apart from a random start, or, without a generator, the middle one.
+
+    A video shorter than `clip_length * stride` is read from frame 0; the last index that can be reached is repeated.
+    """
+    _check(num_frames, clip_length, stride)
+    num_starts = num_frames - clip_length * stride + 1
+    if num_starts <= 0:
+        start = 0
+    elif generator is None:
+        start = num_starts // 2
+    else:
+        start = int(generator.randint(num_starts))
+    steps = np.arange(clip_length, dtype=np.int64)
+    return start + stride * np.minimum(steps, (num_frames - 1 - start) // stride)
+
+
+def _check(num_frames: int, clip_length: int, stride: int = 1) -> None:
+    if num_frames < 1:
+        raise ValueError(
+            f"a video of {num_frames} frames has none to sample: it should have been rejected when sharded"
+        )
+    assert clip_length >= 1, clip_length
+    assert stride >= 1, stride

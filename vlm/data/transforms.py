@@ -1,0 +1,401 @@
+"""Pixels of one clip: RandAugment, crops, resizing, normalisation, flip, random erasing.
+
+Frames are numpy uint8 (T, H, W, 3) until `crop_to_video` makes the float32 (3, T, H, W) that models eat. All frames of
+a clip share the parameters of every transform. Drawing (from a passed generator) and applying are separate functions.
+
+The maths and the order of the draws are those of the published VideoMAE / ViT-LLaMA training code; where the order of
+the work differs (crop before float, normalise after resize, point operations after the crop), the steps commute.
+RandAugment: arXiv 1909.13719. Random erasing: arXiv 1708.04896. Multi-scale crop: TSN, arXiv 1608.00859.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from vlm.data.rng import SampleRng
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels: rows top … top + height - 1, columns left … left + width - 1."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+# ------------------------------------------------------------------------------------------------------ RandAugment
+
+OPERATIONS = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "Posterize",
+    "Solarize",
+    "SolarizeAdd",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+)
+"""The operations of `rand-…-inc1`, in the order in which the original numbers them for its draws."""
+
+POINT_OPERATIONS = frozenset({"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"})
+"""Those whose result at a pixel depends on that pixel alone: cropping before or after them is the same."""
+
+FILL = (128, 128, 128)
+"""Colour of the pixels that a rotation, shear or translation uncovers."""
+
+APPLY_PROBABILITY = 0.5
+
+
+class Step(NamedTuple):
+    """One operation to apply, with its drawn argument (None where the operation takes none)."""
+
+    operation: str
+    argument: float | None
+
+
+class RandAugment(NamedTuple):
+    """The policy `rand-m<magnitude>-n<count>-mstd<magnitude_std>-inc1`."""
+
+    magnitude: float
+    count: int
+    magnitude_std: float
+
+    def draw(self, rng: SampleRng) -> list[Step]:
+        """The operations of one clip: `count` choices with replacement, each applied with probability 1/2."""
+        steps = []
+        for index in rng.numpy.randint(0, len(OPERATIONS), size=self.count):
+            if rng.python.random() > APPLY_PROBABILITY:
+                continue
+            magnitude = self.magnitude
+            if self.magnitude_std > 0:
+                magnitude = min(10.0, max(0.0, rng.python.gauss(magnitude, self.magnitude_std)))
+            operation = OPERATIONS[index]
+            sign = -1.0 if operation in _SIGNED and rng.python.random() > 0.5 else 1.0
+            steps.append(Step(operation, operation_argument(operation, magnitude, sign)))
+        return steps
+
+
+def parse_randaugment(text: str) -> RandAugment:
+    """The policy that a string like "rand-m7-n4-mstd0.5-inc1" names (`mstd` may be left out: 0).
+
+    Raises:
+        ValueError: any part that is not understood. `inc1` must be there: only the increasing operations exist here
+            (timm, which named these strings, takes any text after `inc`, even `inc0`, for on).
+    """
+    match = re.fullmatch(r"rand-m(\d+(?:\.\d+)?)-n(\d+)(?:-mstd(\d+(?:\.\d+)?))?-inc1", text)
+    if match is None:
+        raise ValueError(
+            f"{text!r} is not a RandAugment policy of the form rand-m<0..10>-n<count>[-mstd<std>]-inc1, "
+            "for example rand-m7-n4-mstd0.5-inc1"
+        )
+    policy = RandAugment(float(match[1]), int(match[2]), float(match[3] or 0))
+    if policy.magnitude > 10 or policy.count < 1:
+        raise ValueError(f"{text!r}: the magnitude (m) must be at most 10 and the count (n) at least 1")
+    return policy
+
+
+_ENHANCE = frozenset({"Color", "Contrast", "Brightness", "Sharpness"})
+_SIGNED = _ENHANCE | {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
+
+
+def operation_argument(operation: str, magnitude: float, sign: float = 1.0) -> float | None:
+    """What a magnitude (0 … 10) means to an operation; `sign` (±1) matters to the signed ones only.
+
+    Rotate: degrees. Posterize: bits kept. Solarize: threshold. SolarizeAdd: levels added. Color, Contrast, Brightness,
+    Sharpness: factor. Shear: slope. Translate: share of the width or height.
+    """
+    level = magnitude / 10
+    match operation:
+        case "AutoContrast" | "Equalize" | "Invert":
+            return None
+        case "Rotate":
+            return sign * level * 30.0
+        case "Posterize":
+            return 4 - int(level * 4)
+        case "Solarize":
+            return 256 - int(level * 256)
+        case "SolarizeAdd":
+            return int(level * 110)
+        case "Color" | "Contrast" | "Brightness" | "Sharpness":
+            return 1.0 + sign * level * 0.9
+        case "ShearX" | "ShearY":
+            return sign * level * 0.3
+        case "TranslateXRel" | "TranslateYRel":
+            return sign * level * 0.45
+    raise AssertionError(operation)
+
+
+def apply_operation(image: Image.Image, step: Step) -> Image.Image:
+    """One operation on one RGB image, of the same size after it."""
+    argument = 0.0 if step.argument is None else step.argument
+    match step.operation:
+        case "AutoContrast":
+            return ImageOps.autocontrast(image)
+        case "Equalize":
+            return ImageOps.equalize(image)
+        case "Invert":
+            return ImageOps.invert(image)
+        case "Rotate":
+            return image.rotate(argument, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
+        case "Posterize":
+            return ImageOps.posterize(image, int(argument))
+        case "Solarize":
+            return ImageOps.solarize(image, int(argument))
+        case "SolarizeAdd":
+            levels = [min(255, level + int(argument)) if level < 128 else level for level in range(256)]
+            return image.point(levels * 3)
+        case "Color" | "Contrast" | "Brightness" | "Sharpness":
+            enhancer: ImageEnhance._Enhance = getattr(ImageEnhance, step.operation)(image)
+            return enhancer.enhance(argument)
+        case "ShearX":
+            return _affine(image, (1, argument, 0, 0, 1, 0))
+        case "ShearY":
+            return _affine(image, (1, 0, 0, argument, 1, 0))
+        case "TranslateXRel":
+            return _affine(image, (1, 0, argument * image.size[0], 0, 1, 0))
+        case "TranslateYRel":
+            return _affine(image, (1, 0, 0, 0, 1, argument * image.size[1]))
+    raise AssertionError(step.operation)
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=FILL
+    )
+
+
+def apply_operations(frames: np.ndarray, steps: Sequence[Step]) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 after all steps; the same array where there are none."""
+    if not steps:
+        return frames
+    augmented = np.empty_like(frames, order="C")
+    for frame, place in zip(np.ascontiguousarray(frames), augmented, strict=True):
+        image = Image.fromarray(frame)
+        for step in steps:
+            image = apply_operation(image, step)
+        place[:] = np.asarray(image)
+    return augmented
+
+
+def augment_and_crop(frames: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarray:
+    """The box of the augmented frames. Point operations at the end of the list are applied to the box alone."""
+    after_crop = len(steps)
+    while after_crop > 0 and steps[after_crop - 1].operation in POINT_OPERATIONS:
+        after_crop -= 1
+    return apply_operations(crop(apply_operations(frames, steps[:after_crop]), box), steps[after_crop:])
+
+
+# ---------------------------------------------------------------------------------------------------- boxes, drawn
+
+
+def draw_resized_crop(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator: random.Random
+) -> Box:
+    """A box with a uniform share of the area and a log-uniform aspect (width / height); after 10 misfits, the centre."""
+    area = height * width
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    for _ in range(10):
+        target = generator.uniform(*scale) * area
+        aspect = math.exp(generator.uniform(*log_ratio))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = generator.randint(0, height - h)
+            return Box(top, generator.randint(0, width - w), h, w)
+    return fallback_crop(height, width, ratio)
+
+
+def fallback_crop(height: int, width: int, ratio: tuple[float, float]) -> Box:
+    """The largest centred box whose aspect is within `ratio`."""
+    w, h = width, height
+    if width / height < min(ratio):
+        h = round(width / min(ratio))
+    elif width / height > max(ratio):
+        w = round(height * max(ratio))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+ERASE_AREA = (0.02, 1 / 3)
+ERASE_LOG_ASPECT = (math.log(0.3), math.log(1 / 0.3))
+
+
+def draw_erase_box(height: int, width: int, probability: float, generator: random.Random) -> Box | None:
+    """With `probability`, a box of 2 % to 1/3 of the area, smaller than the frame both ways; None: erase nothing."""
+    if generator.random() > probability:
+        return None
+    for _ in range(100):
+        target = generator.uniform(*ERASE_AREA) * height * width
+        aspect = math.exp(generator.uniform(*ERASE_LOG_ASPECT))
+        h, w = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if w < width and h < height:
+            top = generator.randint(0, height - h)
+            return Box(top, generator.randint(0, width - w), h, w)
+    return None
+
+
+def multi_scale_sizes(height: int, width: int, size: int, scales: Sequence[float]) -> list[tuple[int, int]]:
+    """Crop sizes (height, width) to choose from: sides `scale * short side`, at most one scale apart.
+
+    A side within 2 pixels of the output size is taken as the output size, so that it needs no resampling.
+    """
+    sides = [int(min(height, width) * scale) for scale in scales]
+    sides = [size if abs(side - size) < 3 else side for side in sides]
+    return [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+
+
+# (column, row) in quarters of the free space: corners and centre, mid-edges, quarter points.
+_OFFSETS = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3))
+
+
+def multi_scale_boxes(height: int, width: int, crop_height: int, crop_width: int) -> list[Box]:
+    """The 13 fixed places of a crop in a frame."""
+    row, column = (height - crop_height) // 4, (width - crop_width) // 4
+    return [Box(y * row, x * column, crop_height, crop_width) for x, y in _OFFSETS]
+
+
+def draw_multi_scale_crop(height: int, width: int, size: int, scales: Sequence[float], generator: random.Random) -> Box:
+    """A crop of one of the sizes at one of the 13 places (pretraining)."""
+    crop_height, crop_width = generator.choice(multi_scale_sizes(height, width, size, scales))
+    # A frame a pixel or two smaller than the output cannot hold a side that was rounded up to it.
+    crop_height, crop_width = min(crop_height, height), min(crop_width, width)
+    return generator.choice(multi_scale_boxes(height, width, crop_height, crop_width))
+
+
+# -------------------------------------------------------------------------------------------------- boxes, computed
+
+
+def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(height, width) after the shorter side is scaled to `short_side`; the longer one is rounded down."""
+    if height <= width:
+        return short_side, int(short_side * width / height)
+    return int(short_side * height / width), short_side
+
+
+def center_box(height: int, width: int, size: int) -> Box:
+    """The central square; halves are rounded to even, as the original does."""
+    return Box(round((height - size) / 2), round((width - size) / 2), size, size)
+
+
+def spatial_boxes(height: int, width: int, size: int, num_crops: int) -> list[Box]:
+    """`num_crops` squares evenly along the longer side, first to last, central across; a single one is the centre."""
+    if num_crops == 1:
+        return [center_box(height, width, size)]
+    step = (max(height, width) - size) / (num_crops - 1)
+    starts = [int(crop * step) for crop in range(num_crops)]
+    across = round((min(height, width) - size) / 2)
+    if height >= width:
+        return [Box(start, across, size, size) for start in starts]
+    return [Box(across, start, size, size) for start in starts]
+
+
+# ------------------------------------------------------------------------------------------------- pixels to pixels
+
+
+def crop(frames: np.ndarray, box: Box) -> np.ndarray:
+    """The box of all frames, (T, box.height, box.width, 3), a view."""
+    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def resize_bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 resized without antialiasing, to the bit as OpenCV's INTER_LINEAR does it.
+
+    OpenCV interpolates 8-bit pictures with 11-bit weights and cuts off low bits between the passes, so rounding an
+    exact interpolation would differ by one level at about a tenth of the pixels.
+    """
+    num_frames, old_height, old_width, channels = frames.shape
+    if (old_height, old_width) == (height, width):
+        return frames
+    near, far, near_weight, far_weight = _taps(old_width, width)
+    columns = np.arange(channels)
+    near, far = (near[:, None] * channels + columns).ravel(), (far[:, None] * channels + columns).ravel()
+    near_weight, far_weight = np.repeat(near_weight, channels), np.repeat(far_weight, channels)
+    above, below, above_weight, below_weight = _taps(old_height, height)
+    resized = np.empty((num_frames, height, width * channels), dtype=np.uint8)
+    for frame, place in zip(frames.reshape(num_frames, old_height, old_width * channels), resized, strict=True):
+        pixels = frame.astype(np.int32)
+        across = pixels[:, near]
+        across *= near_weight
+        other = pixels[:, far]
+        other *= far_weight
+        across += other
+        across >>= 4
+        down = across[above]
+        down *= above_weight[:, None]
+        down >>= 16
+        other = across[below]
+        other *= below_weight[:, None]
+        other >>= 16
+        down += other
+        down += 2
+        down >>= 2
+        place[:] = down
+    return resized.reshape(num_frames, height, width, channels)
+
+
+def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `new` samples along an axis: two source positions and their weights, which add up to 2048."""
+    place = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
+    first = np.floor(place).astype(np.int64)
+    share = place - first.astype(np.float32)
+    outside = (first < 0) | (first >= old - 1)
+    share[outside] = 0
+    first = np.clip(first, 0, old - 1)
+    weight = np.rint((1 - share) * 2048).astype(np.int32), np.rint(share * 2048).astype(np.int32)
+    return first, np.minimum(first + 1, old - 1), *weight
+
+
+def resize_antialiased(frames: np.ndarray, size: int) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 as (T, size, size, 3): Pillow's bilinear filter, which averages when it shrinks."""
+    if frames.shape[1:3] == (size, size):
+        return frames
+    resized = np.empty((len(frames), size, size, 3), dtype=np.uint8)
+    for frame, place in zip(np.ascontiguousarray(frames), resized, strict=True):
+        place[:] = np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BILINEAR))
+    return resized
+
+
+# ------------------------------------------------------------------------------------------------ pixels to tensors
+
+
+def to_video(frames: np.ndarray) -> Tensor:
+    """Frames (T, H, W, 3) uint8 as float32 (3, T, H, W), still 0 … 255, in memory of its own."""
+    return torch.from_numpy(np.array(frames.transpose(3, 0, 1, 2), dtype=np.float32, order="C"))
+
+
+def resize_video(video: Tensor, size: int) -> Tensor:
+    """Video (3, T, H, W) float as (3, T, size, size): bilinear, pixel centres aligned, no antialiasing."""
+    if video.shape[-2:] == (size, size):
+        return video
+    return functional.interpolate(video, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def normalize(video: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Video (3, T, H, W) float 0 … 255 as (video / 255 - mean) / std per channel, in place."""
+    deviation = torch.tensor(std, dtype=torch.float32).view(3, 1, 1, 1)
+    center = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1, 1)
+    return video.mul_(1 / (255 * deviation)).sub_(center / deviation)
+
+
+def erase(video: Tensor, box: Box, generator: Generator) -> Tensor:
+    """Video (3, T, H, W) with the box of every frame replaced, in place, by normal noise of its own."""
+    for frame in video.unbind(dim=1):
+        noise = torch.empty(video.shape[0], box.height, box.width).normal_(generator=generator)
+        frame[:, box.top : box.top + box.height, box.left : box.left + box.width] = noise
+    return video

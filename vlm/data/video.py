@@ -1,0 +1,365 @@
+"""Encoded video -> frames. The only file that knows a decoder.
+
+PyAV is the reference: the frame of index i is the i-th frame PyAV yields when the video stream is decoded from its
+start, turned as the container's display matrix asks. decord 0.6.0 is quicker to seek but returns wrong pictures, in
+silence, on several real containers, so it is used only on clips where `check_decoders` saw it return the reference's
+pictures to the bit, and PyAV takes over whenever it fails.
+
+Files are known by their content, never by their name: the usual input is the bytes of a tar member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+Source = bytes | Path
+
+# What PyAV is seen to raise on damaged files: FFmpeg's own errors, and plain ones from its Python side.
+_PYAV_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError, RuntimeError)
+_CHECKED_READS = (3, 5, 8, 16)  # evenly spaced frames that check_decoders compares, read by read
+_MAX_CHECK_BYTES = 256 << 20  # memory one of these reads may take
+
+
+class DecodeError(Exception):
+    """A clip, or a frame of it, that cannot be decoded. The message is one sentence that says what the file is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoInfo:
+    """What decoding the whole video stream showed."""
+
+    num_frames: int  # frames that PyAV decodes, not what the header promises
+    fps: float  # 0 when it cannot be known (a still picture has the nominal rate of its reader)
+    duration: float  # seconds from the first frame to the end of the last
+    width: int  # of the frames as `decode` returns them, rotation applied
+    height: int
+    codec: str
+    container: str  # FFmpeg's name of the container, such as "mov,mp4,m4a,3gp,3g2,mj2"
+    rotation: int  # degrees counterclockwise that `decode` turns each frame: 0, 90, 180 or 270
+    warnings: tuple[str, ...] = ()
+
+
+def inspect(data: Source) -> VideoInfo:
+    """Decode the whole video stream with PyAV and say what is in it; raises DecodeError when no frame decodes."""
+    with _opened(data) as (container, stream):
+        reader = _FrameReader(stream, container)
+        times: list[float] = []
+        sizes: list[tuple[int, int, int]] = []
+        first, last = None, None
+        for index, frame in enumerate(reader):
+            first, last = first or frame, frame
+            if frame.time is not None:
+                times.append(float(frame.time))
+            if not sizes or sizes[-1][1:] != (frame.width, frame.height):
+                sizes.append((index, frame.width, frame.height))
+        if first is None or last is None:
+            raise DecodeError(f"no frame of the video stream decodes ({reader.stopped or 'the stream is empty'})")
+        nominal = _nominal_fps(stream)
+        last_gap = float(last.duration * last.time_base) if last.duration and last.time_base else 0.0
+        last_gap = last_gap or (1 / nominal if nominal else 0.0)
+        duration = max(times) - min(times) + last_gap if times else 0.0
+        measured = reader.count / duration if duration > 0 else 0.0
+        wild = nominal and measured and not 0.5 < measured / nominal < 2
+        turns, odd_angle = _quarter_turns(first)
+        width, height = (first.height, first.width) if turns % 2 else (first.width, first.height)
+        warnings = _header_warnings(container, stream, reader, duration)
+        if odd_angle:
+            warnings.append(f"the display matrix turns by {odd_angle} degrees, which is not applied")
+        for index, other_width, other_height in sizes[1:]:
+            warnings.append(f"the picture size becomes {other_width}x{other_height} at frame {index}; "
+                            f"it is scaled to the first frame's {first.width}x{first.height}")  # fmt: skip
+        return VideoInfo(
+            num_frames=reader.count,
+            fps=measured if wild or not nominal else nominal,
+            duration=duration,
+            width=width,
+            height=height,
+            codec=stream.codec_context.codec.canonical_name,
+            container=container.format.name,
+            rotation=90 * turns,
+            warnings=tuple(warnings),
+        )
+
+
+def count_frames(data: Source) -> int:
+    """Frames that decode before the stream ends or breaks; raises DecodeError when there is none."""
+    with _opened(data) as (container, stream):
+        reader = _FrameReader(stream, container)
+        for _ in reader:
+            pass
+        if not reader.count:
+            raise DecodeError(f"no frame of the video stream decodes ({reader.stopped or 'the stream is empty'})")
+        return reader.count
+
+
+def decode(data: Source, indices: Sequence[int], *, decoders: Sequence[str] = ("pyav",)) -> np.ndarray:
+    """The frames of the given indices, in the order given: uint8 (len(indices), H, W, 3), RGB, rotation applied.
+
+    Indices may repeat and need not be sorted. Decoders are tried in order; one that fails hands over to the next, and
+    PyAV is always the last. Raises DecodeError when an index lies beyond the last frame that decodes.
+    """
+    wanted = [int(index) for index in indices]
+    assert wanted, "decode() needs at least one frame index"
+    assert min(wanted) >= 0, f"frame indices start at 0, got {min(wanted)}"
+    for name in decoders:
+        if name == "pyav":
+            break
+        assert name == "decord", f"unknown decoder {name!r}"
+        with suppress(DecodeError):  # PyAV answers instead, and has the last word on what is wrong
+            return _decode_decord(data, wanted)
+    return _decode_pyav(data, wanted)
+
+
+def check_decoders(data: Source, info: VideoInfo) -> tuple[str, ...]:
+    """The decoders that may be used on this clip, best first: ("decord", "pyav") or ("pyav",).
+
+    decord is admitted when it counts the same frames as PyAV and returns the same pictures, to the bit, in several
+    reads of evenly spaced frames from the first to the last. Several, because its errors depend on the gaps between
+    the frames asked for: there are clips that it reads well densely and wrongly with gaps, and the other way round.
+    """
+    most = max(2, _MAX_CHECK_BYTES // (3 * info.width * info.height))
+    spaced = (np.linspace(0, info.num_frames - 1, min(count, most)).round() for count in _CHECKED_READS)
+    reads = [sorted({int(index) for index in read}) for read in spaced]
+    try:
+        decord_reader = _decord_reader(data)
+        if len(decord_reader) != info.num_frames:
+            return ("pyav",)
+        expected = {index: _digest(picture) for index, picture in _pictures(data, set().union(*reads))}
+        for read in reads:
+            frames = _decord_batch(decord_reader, read)
+            if [_digest(frame) for frame in frames] != [expected[index] for index in read]:
+                return ("pyav",)
+    except DecodeError:
+        return ("pyav",)
+    return ("decord", "pyav")
+
+
+# Containers ----------------------------------------------------------------------------------------------------------
+
+
+def container_extension(data: bytes) -> str | None:
+    """The file name extension that the first bytes of a media file call for, or None when they are not known."""
+    head = data[:4096]
+    if head[4:8] == b"ftyp":
+        return {b"qt": "mov", b"3g": "3gp"}.get(head[8:10], "mp4")
+    if head[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
+        return "mov"
+    if head.startswith(b"\x1aE\xdf\xa3"):
+        return "webm" if b"webm" in head[:64] else "mkv"
+    if head.startswith(b"RIFF") and head[8:11] == b"AVI":
+        return "avi"
+    if len(data) > 188 and head[:1] == b"G" and data[188:189] == b"G":
+        return "ts"
+    magics = ((b"OggS", "ogv"), (b"GIF8", "gif"), (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "wmv"), (b"\0\0\1\xba", "mpg"),
+              (b"\0\0\1\xb3", "mpg"), (b"FLV\1", "flv"), (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"))  # fmt: skip
+    return next((extension for magic, extension in magics if head.startswith(magic)), None)
+
+
+def _refuse_text(head: bytes) -> None:
+    """Text saved under a video's name: also playlists, which FFmpeg would follow to other files."""
+    if not head:
+        raise DecodeError("empty file (0 bytes)")
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:512].lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise DecodeError("not a video: a git-lfs pointer (text); the file itself was never fetched (git lfs pull)")
+    if start.startswith((b"<!doctype html", b"<html")) or b"<html" in start or b"<head" in start:
+        raise DecodeError("not a video: looks like HTML, the page of a failed download")
+    if start.startswith((b"<?xml", b"<error")):
+        raise DecodeError("not a video: looks like XML, the answer of a failed download")
+    with suppress(UnicodeDecodeError):
+        text = head[: head.rfind(b"\n") + 1 or len(head)].decode("utf-8")
+        if all(letter.isprintable() or letter in "\r\n\t" for letter in text):
+            raise DecodeError(f"not a video: looks like text ({text.strip()[:40]!r})")
+
+
+@contextmanager
+def _opened(data: Source) -> Iterator[tuple[Any, Any]]:
+    """(container, video stream) with single-threaded decoding; the name of a file is never shown to FFmpeg."""
+    try:
+        file: Any = data.open("rb") if isinstance(data, Path) else io.BytesIO(data)
+    except OSError as error:
+        raise DecodeError(f"cannot be read: {error.strerror or error}") from error
+    with file:
+        head = file.read(4096)
+        file.seek(0)
+        _refuse_text(head)
+        try:
+            container = av.open(file, mode="r")
+        except _PYAV_ERRORS as error:
+            if container_extension(head) in ("mp4", "mov", "3gp") and not _contains(data, b"moov"):
+                raise DecodeError('cut short: an mp4 without its index ("moov"), which follows the frames') from error
+            raise DecodeError(f"not a video that FFmpeg knows ({_plain(error)})") from error
+        with container:
+            stream = _video_stream(container)
+            try:
+                stream.thread_type = "NONE"
+                stream.codec_context.thread_count = 1
+            except _PYAV_ERRORS as error:
+                raise DecodeError(f"no decoder for the video stream ({_plain(error)})") from error
+            yield container, stream
+
+
+def _video_stream(container: Any) -> Any:
+    """FFmpeg's best video stream; cover pictures attached to a sound file are none."""
+    pictures = [s for s in container.streams.video if s.disposition & av.stream.Disposition.attached_pic]
+    videos = [s for s in container.streams.video if s not in pictures and s.codec_context is not None]
+    if not videos:
+        kinds = sorted({s.type for s in container.streams} - {"video"})
+        what = f"{' and '.join(kinds)} only" if kinds else "the container holds no stream"
+        raise DecodeError(f"no video stream ({what}{', with a cover picture' if pictures else ''})")
+    best = container.streams.best("video")
+    if best in videos:
+        return best
+    return max(videos, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), s.frames, -s.index))
+
+
+def _contains(data: Source, what: bytes) -> bool:
+    if isinstance(data, bytes):
+        return what in data
+    with data.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        return view.find(what) >= 0
+
+
+def _plain(error: BaseException) -> str:
+    """An FFmpeg error without its number and the repeated file name."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+# The reference -------------------------------------------------------------------------------------------------------
+
+
+class _FrameReader:
+    """The frames of a stream in order; the first error ends it, and `stopped` then says what it was."""
+
+    def __init__(self, stream: Any, container: Any) -> None:
+        self.frames = container.decode(stream)
+        self.count = 0
+        self.stopped: str | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            try:
+                frame = next(self.frames)
+            except StopIteration:
+                return
+            except _PYAV_ERRORS as error:
+                self.stopped = _plain(error)
+                return
+            self.count += 1
+            yield frame
+
+
+def _quarter_turns(frame: Any) -> tuple[int, int]:
+    """(counterclockwise quarter turns to apply, an angle that is not a multiple of 90 and is left alone)."""
+    angle = frame.rotation
+    return (0, angle) if angle % 90 else (angle // 90 % 4, 0)
+
+
+def _to_rgb(frame: Any, first: Any) -> np.ndarray:
+    """(H, W, 3) uint8 of one frame, at the size of the stream's first frame, turned upright."""
+    picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height, threads=1)
+    return np.rot90(picture, _quarter_turns(first)[0])
+
+
+def _pictures(data: Source, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """(index, (H, W, 3) picture) of each wanted frame; stops decoding after the last of them."""
+    last = max(wanted)
+    with _opened(data) as (container, stream):
+        reader = _FrameReader(stream, container)
+        first = None
+        for index, frame in enumerate(reader):
+            first = first or frame
+            if index in wanted:
+                try:
+                    picture = _to_rgb(frame, first)
+                except _PYAV_ERRORS as error:
+                    raise DecodeError(f"frame {index} cannot be turned into RGB ({_plain(error)})") from error
+                yield index, picture
+            if index == last:
+                return
+        cause = f": {reader.stopped}" if reader.stopped else ""
+        raise DecodeError(f"frame {last} was asked for, only {reader.count} frames decode{cause}")
+
+
+def _decode_pyav(data: Source, wanted: list[int]) -> np.ndarray:
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(wanted):
+        places.setdefault(index, []).append(place)
+    frames: np.ndarray | None = None
+    for index, picture in _pictures(data, set(wanted)):
+        if frames is None:
+            frames = np.empty((len(wanted), *picture.shape), np.uint8)
+        frames[places[index]] = picture
+    assert frames is not None
+    return frames
+
+
+def _digest(picture: np.ndarray) -> bytes:
+    """Identifies an (H, W, 3) picture by its shape and bytes."""
+    return hashlib.blake2b(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes()).digest()
+
+
+def _nominal_fps(stream: Any) -> float:
+    rate = stream.average_rate or stream.guessed_rate
+    return float(rate) if rate else 0.0
+
+
+def _header_warnings(container: Any, stream: Any, reader: _FrameReader, duration: float) -> list[str]:
+    """Where the header and the decoded frames disagree."""
+    found = []
+    if stream.frames and stream.frames != reader.count:
+        found.append(f"header promises {stream.frames} frames, {reader.count} decode")
+    if not stream.frames and container.duration:
+        promised = container.duration / av.time_base
+        if promised - duration > max(1.0, 0.1 * promised):
+            found.append(f"header promises {promised:.2f} s, {duration:.2f} s decode ({reader.count} frames)")
+    if reader.stopped:
+        found.append(f"decoding stops after {reader.count} frames: {reader.stopped}")
+    if container.format.name.endswith("_pipe"):
+        found.append(f"a still picture ({stream.codec_context.codec.canonical_name}), not a video")
+    return found
+
+
+# decord: optional, and used only where it was checked ----------------------------------------------------------------
+
+
+def _decord_reader(data: Source) -> Any:
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise DecodeError(f"decord cannot be used here ({error})") from error
+    try:
+        decord.logging.set_level(decord.logging.QUIET)
+        return decord.VideoReader(str(data) if isinstance(data, Path) else io.BytesIO(data), num_threads=1)
+    except Exception as error:  # decord raises its own DECORDError, RuntimeError and others
+        raise DecodeError(f"decord cannot open it ({type(error).__name__})") from error
+
+
+def _decord_batch(reader: Any, wanted: list[int]) -> np.ndarray:
+    """(len(wanted), H, W, 3) uint8 from an open decord reader."""
+    if max(wanted) >= len(reader):
+        raise DecodeError(f"frame {max(wanted)} was asked for, decord counts {len(reader)}")
+    try:
+        return reader.get_batch(wanted).asnumpy()
+    except Exception as error:
+        raise DecodeError(f"decord cannot read frames {wanted} ({type(error).__name__})") from error
+
+
+def _decode_decord(data: Source, wanted: list[int]) -> np.ndarray:
+    """decord is asked for each frame once, in order: the pattern in which it was checked."""
+    distinct = sorted(set(wanted))
+    frames = _decord_batch(_decord_reader(data), distinct)
+    if len(frames) != len(distinct):
+        raise DecodeError(f"decord returned {len(frames)} frames of {len(distinct)}")
+    places = {index: place for place, index in enumerate(distinct)}
+    return frames[[places[index] for index in wanted]]

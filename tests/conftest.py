@@ -33,7 +33,7 @@ def realdata() -> Path:
 
 @pytest.fixture(scope="session")
 def golden():  # type: ignore[no-untyped-def]
-    """`golden("vitllama_mixup.json")` is a recorded file's path; a missing one skips, but only in the default folder."""
+    """`golden("vitllama_mixup.json")` is a recorded file; a missing one skips, but only in the default folder."""
     chosen = os.environ.get("VLM_GOLDENS")
     folder = Path(chosen) if chosen else REPOSITORY / "tests" / "goldens"
 

@@ -129,16 +129,10 @@ class Recipe:
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
     checkpoint_keep: int = 2
     """Newest checkpoints kept."""
-    init_from: Path | None = None
-    """Trainable weights to start from: a checkpoint of ours, or a published file of the same system."""
     log_every: int = 10
     """Steps between console lines (metrics.jsonl has every step)."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases mode; whatever it does, the run goes on without it."""
-    audit_steps: int = 3
-    """First steps in which gradients are audited (dead trainable tensors, moved frozen ones)."""
-    max_bad_steps: int = 0
-    """Steps with a non-finite loss or gradient that are skipped (on all ranks together) before the run stops."""
 
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:

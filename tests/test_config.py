@@ -1,0 +1,88 @@
+"""Strict overrides: every mistake names the path, the value and the nearest right name."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from vlm.config import describe, differences, override, to_dict
+from vlm.types import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class Inner:
+    depth: int = 2
+    """How many layers."""
+    rates: tuple[float, ...] = (0.1, 0.2)
+    kind: Literal["mean", "cls"] = "mean"
+
+    def __post_init__(self):
+        if self.depth < 1:
+            raise ValueError(f"depth is {self.depth}; it must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class Outer:
+    lr: float = 1e-3
+    """Peak
+    learning rate."""
+    inner: Inner = field(default_factory=Inner)
+    off: Inner | None = None
+    steps: int | None = None
+    flag: bool = False
+    path: Path = Path("a")
+    views: dict[str, float] = field(default_factory=lambda: {"label": 1.0})
+    window: tuple[int, int] = (1, 2)
+
+
+def test_overrides_reach_every_kind_of_field():
+    changed = override(
+        Outer(),
+        ["lr=3e-4", "inner.depth=5", "steps=1_000", "flag=true", "path=b/c", "views.label=0.5", "window=3,4",
+         "inner.rates=0.5", "inner.kind=cls"],
+    )  # fmt: skip
+    assert changed == Outer(
+        lr=3e-4, inner=Inner(depth=5, rates=(0.5,), kind="cls"), steps=1000, flag=True, path=Path("b/c"),
+        views={"label": 0.5}, window=(3, 4),
+    )  # fmt: skip
+    assert override(changed, ["steps=none"]).steps is None
+    assert Outer().inner.depth == 2
+
+
+@pytest.mark.parametrize(
+    ("assignment", "parts"),
+    [
+        ("lr", ["'lr'", "key.path=value"]),
+        ("lrr=1", ["lrr", "'lr'"]),
+        ("inner.deph=1", ["inner.deph", "'depth'"]),
+        ("inner.depth=two", ["inner.depth=two", "whole number"]),
+        ("inner.depth=0", ["inner.depth=0", "at least 1"]),
+        ("inner=3", ["inner.depth"]),
+        ("off.depth=1", ["off", "None"]),
+        ("flag=yes", ["true or false"]),
+        ("views.caption=1", ["views.caption", "label"]),
+        ("window=1,2,3", ["2 values"]),
+        ("inner.kind=max", ["mean, cls"]),
+        ("lr.x=1", ["lr.x"]),
+    ],
+)
+def test_mistakes_are_refused_with_the_mend(assignment, parts):
+    with pytest.raises(UserError) as caught:
+        override(Outer(), [assignment])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_to_dict_and_differences():
+    old, new = to_dict(Outer()), to_dict(override(Outer(), ["inner.depth=3", "steps=4"]))
+    assert old["inner"] == {"depth": 2, "rates": [0.1, 0.2], "kind": "mean"}
+    assert differences(old, new) == ["inner.depth: 2 -> 3", "steps: None -> 4"]
+    assert differences(old, old) == []
+
+
+def test_describe_finds_the_text_under_a_field():
+    rows = {path: (value, text) for path, _, value, text in describe(Outer())}
+    assert rows["lr"] == (1e-3, "Peak learning rate.")
+    assert rows["inner.depth"] == (2, "How many layers.")
+    assert rows["off"] == (None, "")

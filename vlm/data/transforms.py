@@ -1,28 +1,27 @@
-"""Pixels of one clip: RandAugment, crops, resizing, normalisation, flip, random erasing.
+"""Pixels of one clip: crops, resizing, normalisation, random erasing (RandAugment: randaugment.py).
 
-Frames are numpy uint8 (T, H, W, 3) until `crop_to_video` makes the float32 (3, T, H, W) that models eat. All frames of
+Frames are numpy uint8 (T, H, W, 3) until `to_video` makes the float32 (3, T, H, W) that models eat. All frames of
 a clip share the parameters of every transform. Drawing (from a passed generator) and applying are separate functions.
 
 The maths and the order of the draws are those of the published VideoMAE / ViT-LLaMA training code; where the order of
 the work differs (crop before float, normalise after resize, point operations after the crop), the steps commute.
-RandAugment: arXiv 1909.13719. Random erasing: arXiv 1708.04896. Multi-scale crop: TSN, arXiv 1608.00859.
+Random erasing: arXiv 1708.04896. Multi-scale crop: TSN, arXiv 1608.00859.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from vlm.data.rng import SampleRng
+from vlm.data.randaugment import POINT_OPERATIONS, Step, apply_operations
 
 
 class Box(NamedTuple):
@@ -34,182 +33,13 @@ class Box(NamedTuple):
     width: int
 
 
-# ------------------------------------------------------------------------------------------------------ RandAugment
-
-OPERATIONS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "SolarizeAdd",
-    "Color",
-    "Contrast",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateXRel",
-    "TranslateYRel",
-)
-"""The operations of `rand-…-inc1`, in the order in which the original numbers them for its draws."""
-
-POINT_OPERATIONS = frozenset({"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"})
-"""Those whose result at a pixel depends on that pixel alone: cropping before or after them is the same."""
-
-FILL = (128, 128, 128)
-"""Colour of the pixels that a rotation, shear or translation uncovers."""
-
-APPLY_PROBABILITY = 0.5
-
-
-class Step(NamedTuple):
-    """One operation to apply, with its drawn argument (None where the operation takes none)."""
-
-    operation: str
-    argument: float | None
-
-
-class RandAugment(NamedTuple):
-    """The policy `rand-m<magnitude>-n<count>-mstd<magnitude_std>-inc1`."""
-
-    magnitude: float
-    count: int
-    magnitude_std: float
-
-    def draw(self, rng: SampleRng) -> list[Step]:
-        """The operations of one clip: `count` choices with replacement, each applied with probability 1/2."""
-        steps = []
-        for index in rng.numpy.randint(0, len(OPERATIONS), size=self.count):
-            if rng.python.random() > APPLY_PROBABILITY:
-                continue
-            magnitude = self.magnitude
-            if self.magnitude_std > 0:
-                magnitude = min(10.0, max(0.0, rng.python.gauss(magnitude, self.magnitude_std)))
-            operation = OPERATIONS[index]
-            sign = -1.0 if operation in _SIGNED and rng.python.random() > 0.5 else 1.0
-            steps.append(Step(operation, operation_argument(operation, magnitude, sign)))
-        return steps
-
-
-def parse_randaugment(text: str) -> RandAugment:
-    """The policy that a string like "rand-m7-n4-mstd0.5-inc1" names (`mstd` may be left out: 0).
-
-    Raises:
-        ValueError: any part that is not understood. `inc1` must be there: only the increasing operations exist here
-            (timm, which named these strings, takes any text after `inc`, even `inc0`, for on).
-    """
-    match = re.fullmatch(r"rand-m(\d+(?:\.\d+)?)-n(\d+)(?:-mstd(\d+(?:\.\d+)?))?-inc1", text)
-    if match is None:
-        raise ValueError(
-            f"{text!r} is not a RandAugment policy of the form rand-m<0..10>-n<count>[-mstd<std>]-inc1, "
-            "for example rand-m7-n4-mstd0.5-inc1"
-        )
-    policy = RandAugment(float(match[1]), int(match[2]), float(match[3] or 0))
-    if policy.magnitude > 10 or policy.count < 1:
-        raise ValueError(f"{text!r}: the magnitude (m) must be at most 10 and the count (n) at least 1")
-    return policy
-
-
-_ENHANCE = frozenset({"Color", "Contrast", "Brightness", "Sharpness"})
-_SIGNED = _ENHANCE | {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
-
-
-def operation_argument(operation: str, magnitude: float, sign: float = 1.0) -> float | None:
-    """What a magnitude (0 … 10) means to an operation; `sign` (±1) matters to the signed ones only.
-
-    Rotate: degrees. Posterize: bits kept. Solarize: threshold. SolarizeAdd: levels added. Color, Contrast, Brightness,
-    Sharpness: factor. Shear: slope. Translate: share of the width or height.
-    """
-    level = magnitude / 10
-    match operation:
-        case "AutoContrast" | "Equalize" | "Invert":
-            return None
-        case "Rotate":
-            return sign * level * 30.0
-        case "Posterize":
-            return 4 - int(level * 4)
-        case "Solarize":
-            return 256 - int(level * 256)
-        case "SolarizeAdd":
-            return int(level * 110)
-        case "Color" | "Contrast" | "Brightness" | "Sharpness":
-            return 1.0 + sign * level * 0.9
-        case "ShearX" | "ShearY":
-            return sign * level * 0.3
-        case "TranslateXRel" | "TranslateYRel":
-            return sign * level * 0.45
-    raise AssertionError(operation)
-
-
-def apply_operation(image: Image.Image, step: Step) -> Image.Image:
-    """One operation on one RGB image, of the same size after it."""
-    argument = 0.0 if step.argument is None else step.argument
-    match step.operation:
-        case "AutoContrast":
-            return ImageOps.autocontrast(image)
-        case "Equalize":
-            return ImageOps.equalize(image)
-        case "Invert":
-            return ImageOps.invert(image)
-        case "Rotate":
-            return image.rotate(argument, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
-        case "Posterize":
-            return ImageOps.posterize(image, int(argument))
-        case "Solarize":
-            return ImageOps.solarize(image, int(argument))
-        case "SolarizeAdd":
-            levels = [min(255, level + int(argument)) if level < 128 else level for level in range(256)]
-            return image.point(levels * 3)
-        case "Color" | "Contrast" | "Brightness" | "Sharpness":
-            enhancer: ImageEnhance._Enhance = getattr(ImageEnhance, step.operation)(image)
-            return enhancer.enhance(argument)
-        case "ShearX":
-            return _affine(image, (1, argument, 0, 0, 1, 0))
-        case "ShearY":
-            return _affine(image, (1, 0, 0, argument, 1, 0))
-        case "TranslateXRel":
-            return _affine(image, (1, 0, argument * image.size[0], 0, 1, 0))
-        case "TranslateYRel":
-            return _affine(image, (1, 0, 0, 0, 1, argument * image.size[1]))
-    raise AssertionError(step.operation)
-
-
-def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=FILL
-    )
-
-
-def apply_operations(frames: np.ndarray, steps: Sequence[Step]) -> np.ndarray:
-    """Frames (T, H, W, 3) uint8 after all steps; the same array where there are none."""
-    if not steps:
-        return frames
-    augmented = np.empty_like(frames, order="C")
-    for frame, place in zip(np.ascontiguousarray(frames), augmented, strict=True):
-        image = Image.fromarray(frame)
-        for step in steps:
-            image = apply_operation(image, step)
-        place[:] = np.asarray(image)
-    return augmented
-
-
-def augment_and_crop(frames: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarray:
-    """The box of the augmented frames. Point operations at the end of the list are applied to the box alone."""
-    after_crop = len(steps)
-    while after_crop > 0 and steps[after_crop - 1].operation in POINT_OPERATIONS:
-        after_crop -= 1
-    return apply_operations(crop(apply_operations(frames, steps[:after_crop]), box), steps[after_crop:])
-
-
 # ---------------------------------------------------------------------------------------------------- boxes, drawn
 
 
 def draw_resized_crop(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator: random.Random
 ) -> Box:
-    """A box with a uniform share of the area and a log-uniform aspect (width / height); after 10 misfits, the centre."""
+    """A box of uniform area and log-uniform aspect (width / height); after 10 that do not fit, the centre."""
     area = height * width
     log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
     for _ in range(10):
@@ -281,6 +111,11 @@ def draw_multi_scale_crop(height: int, width: int, size: int, scales: Sequence[f
 # -------------------------------------------------------------------------------------------------- boxes, computed
 
 
+def frame_size(frames: np.ndarray) -> tuple[int, int]:
+    """(height, width) of frames (T, H, W, 3)."""
+    return frames.shape[1], frames.shape[2]
+
+
 def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """(height, width) after the shorter side is scaled to `short_side`; the longer one is rounded down."""
     if height <= width:
@@ -311,6 +146,14 @@ def spatial_boxes(height: int, width: int, size: int, num_crops: int) -> list[Bo
 def crop(frames: np.ndarray, box: Box) -> np.ndarray:
     """The box of all frames, (T, box.height, box.width, 3), a view."""
     return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def augment_and_crop(frames: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarray:
+    """The box of the augmented frames. Point operations at the end of the list are applied to the box alone."""
+    after_crop = len(steps)
+    while after_crop > 0 and steps[after_crop - 1].operation in POINT_OPERATIONS:
+        after_crop -= 1
+    return apply_operations(crop(apply_operations(frames, steps[:after_crop]), box), steps[after_crop:])
 
 
 def resize_bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -1,0 +1,245 @@
+"""How published checkpoints name their tensors, and how each name maps to ours: one table a family, read both ways.
+
+Our names are the originals' for ViT parts and transformers' `LlamaDecoderLayer` for the frozen LLaMA layers.
+Sources: VideoMAE (arXiv 2203.12602) and ViT-LLaMA (arXiv 2310.12973) checkpoints; transformers' VideoMAE classes.
+A later family adds its kinds, its pairs and one row to `FAMILIES`. Sizes and shapes: `vlm/models/vit_sizes.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlm.types import UserError
+from vlm.weights import META_LAYER_TABLE, Table, diff_keys, rename
+
+PRETRAIN, FINETUNE, VIT_LLAMA = "pretrain", "finetune", "vit_llama"
+KIND_TITLES = {
+    PRETRAIN: "VideoMAE masked pretraining (encoder and decoder)",
+    FINETUNE: "ViT video classifier",
+    VIT_LLAMA: "ViT video classifier with frozen LLaMA layers",
+}
+FROZEN = {PRETRAIN: r"(?!)", FINETUNE: r"(?!)", VIT_LLAMA: r"llama\..+"}  # tensors never trained, by kind
+
+# ------------------------------------------------ pairs (ours, theirs): {i} is a number, {p} is weight or bias
+
+Pairs = Sequence[tuple[str, str]]
+
+_VIT_BLOCK = (
+    "norm1.{p}", "attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.{p}", "norm2.{p}", "mlp.fc1.{p}",
+    "mlp.fc2.{p}",
+)  # fmt: skip
+_HF_BLOCK = (  # q, k and v are three matrices there: `_split_qkv` stands between
+    ("norm1.{p}", "layernorm_before.{p}"),
+    ("attn.q_bias", "attention.attention.q_bias"),
+    ("attn.v_bias", "attention.attention.v_bias"),
+    ("attn.q.weight", "attention.attention.query.weight"),
+    ("attn.k.weight", "attention.attention.key.weight"),
+    ("attn.v.weight", "attention.attention.value.weight"),
+    ("attn.proj.{p}", "attention.output.dense.{p}"),
+    ("norm2.{p}", "layernorm_after.{p}"),
+    ("mlp.fc1.{p}", "intermediate.dense.{p}"),
+    ("mlp.fc2.{p}", "output.dense.{p}"),
+)
+# transformers 5 also reads query.bias and value.bias; the hub's files and transformers 4 have q_bias: so we write that
+_HF_BLOCK_ALSO = (
+    ("attn.q_bias", "attention.attention.query.bias"),
+    ("attn.v_bias", "attention.attention.value.bias"),
+)
+
+
+def _same(*names: str) -> Pairs:
+    return tuple((name, name) for name in names)
+
+
+def _blocks(ours: str, theirs: str, pairs: Pairs) -> Pairs:
+    return tuple((f"{ours}{{i}}.{a}", f"{theirs}{{i}}.{b}") for a, b in pairs)
+
+
+_LLAMA_LAYER = tuple((hf, meta.replace("\\", "")) for meta, hf in META_LAYER_TABLE)
+LLAMA_LAYER_NAMES = tuple(ours for ours, _ in _LLAMA_LAYER)
+_MAPPERS = _same("llama_dim_mapper1.weight", "llama_dim_mapper2.weight", "llama.norm.weight")
+_HEAD = _same("norm.{p}", "fc_norm.{p}", "head.{p}")
+_HF_HEAD = (("norm.{p}", "videomae.layernorm.{p}"), ("fc_norm.{p}", "fc_norm.{p}"), ("head.{p}", "classifier.{p}"))
+_HF_PATCH = "videomae.embeddings.patch_embeddings.projection.{p}"
+
+_VIT = (*_same("patch_embed.proj.{p}"), *_blocks("blocks.", "blocks.", _same(*_VIT_BLOCK)), *_HEAD)
+_HF_VIT = (("patch_embed.proj.{p}", _HF_PATCH), *_blocks("blocks.", "videomae.encoder.layer.", _HF_BLOCK), *_HF_HEAD)
+_MASKED = _same(
+    "mask_token",
+    "encoder.patch_embed.proj.{p}",
+    *(f"encoder.blocks.{{i}}.{name}" for name in _VIT_BLOCK),
+    "encoder.norm.{p}",
+    *(f"decoder.blocks.{{i}}.{name}" for name in _VIT_BLOCK),
+    "decoder.norm.{p}",
+    "decoder.head.{p}",
+    "encoder_to_decoder.weight",
+)
+_HF_MASKED = (
+    ("encoder.patch_embed.proj.{p}", _HF_PATCH),
+    *_blocks("encoder.blocks.", "videomae.encoder.layer.", _HF_BLOCK),
+    ("encoder.norm.{p}", "videomae.layernorm.{p}"),
+    *_blocks("decoder.blocks.", "decoder.decoder_layers.", _HF_BLOCK),
+    *_same("mask_token", "decoder.norm.{p}", "decoder.head.{p}", "encoder_to_decoder.weight"),
+)
+
+
+_HF_ALSO = (
+    *_blocks("blocks.", "videomae.encoder.layer.", _HF_BLOCK_ALSO),
+    *_blocks("decoder.blocks.", "decoder.decoder_layers.", _HF_BLOCK_ALSO),
+)
+_HF_MASKED_ALSO = tuple((f"encoder.{a}" if a.startswith("blocks.") else a, b) for a, b in _HF_ALSO)
+_OUR_LAYERS = _blocks("llama.layers.", "llama.layers.", _same(*LLAMA_LAYER_NAMES))
+_META_LAYERS = _blocks("llama.layers.", "llama.layers.", _LLAMA_LAYER)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One way of naming tensors: pairs (ours, theirs) for each kind of model it has."""
+
+    title: str
+    pairs: dict[str, Pairs]  # kind -> pairs
+    also_read: dict[str, Pairs] = field(default_factory=dict)  # kind -> further spellings, never written
+    split_qkv: bool = False  # theirs has three matrices where ours has attn.qkv.weight
+
+    def table(self, kind: str, *, to_ours: bool) -> Table:
+        """The rename table of one kind, in one direction. UserError: the family has no such kind."""
+        if kind not in self.pairs:
+            has = "; ".join(KIND_TITLES[k] for k in self.pairs)
+            raise UserError(f"{self.title} has no form for a {KIND_TITLES[kind]}. It holds: {has}.")
+        rows = self.pairs[kind]
+        if to_ours:
+            rows = [(b, a) for a, b in (*rows, *self.also_read.get(kind, ()))]
+        return [(_pattern(left), _replacement(right)) for left, right in rows]
+
+
+def _pattern(name: str) -> str:
+    return re.escape(name).replace(r"\{i\}", r"(\d+)").replace(r"\{p\}", "(weight|bias)")
+
+
+def _replacement(name: str) -> str:
+    for number in range(1, name.count("{") + 1):
+        name = re.sub(r"\{[ip]\}", rf"\\{number}", name, count=1)
+    return name
+
+
+FAMILIES = {
+    "ours": Family("ours", {PRETRAIN: _MASKED, FINETUNE: _VIT, VIT_LLAMA: (*_VIT, *_MAPPERS, *_OUR_LAYERS)}),
+    "videomae": Family("VideoMAE's .pth", {PRETRAIN: _MASKED, FINETUNE: _VIT}),
+    "vit_llama": Family("ViT-LLaMA's .pth", {VIT_LLAMA: (*_VIT, *_MAPPERS, *_META_LAYERS)}),
+    "hf": Family(
+        "the Hugging Face form",
+        {PRETRAIN: _HF_MASKED, FINETUNE: _HF_VIT, VIT_LLAMA: (*_HF_VIT, *_MAPPERS, *_OUR_LAYERS)},
+        also_read={PRETRAIN: _HF_MASKED_ALSO, FINETUNE: _HF_ALSO, VIT_LLAMA: _HF_ALSO},
+        split_qkv=True,
+    ),
+}
+
+
+def kind_of(names: Sequence[str] | Mapping[str, Any]) -> str:
+    """Which kind of model has these tensor names, of any family. UserError: none that is known."""
+    if "encoder_to_decoder.weight" in names:
+        return PRETRAIN
+    if "llama_dim_mapper1.weight" in names:
+        return VIT_LLAMA
+    if "head.weight" in names or "classifier.weight" in names:
+        return FINETUNE
+    shown = ", ".join(list(names)[:6]) or "no tensors"
+    raise UserError(
+        "no known kind of model: a masked-pretraining file has encoder_to_decoder.weight, a classifier head.weight (or "
+        f"classifier.weight), ViT-LLaMA llama_dim_mapper1.weight besides. This one begins with: {shown}."
+    )
+
+
+def to_ours(state: Mapping[str, Tensor], family: str, kind: str) -> dict[str, Tensor]:
+    """A family's tensors under our names. UserError: unknown names, or a third of q, k, v missing."""
+    source = FAMILIES[family]
+    names = rename(state, source.table(kind, to_ours=True))
+    renamed = {names[name]: tensor for name, tensor in state.items()}
+    return _merge_qkv(renamed) if source.split_qkv else renamed
+
+
+def from_ours(state: Mapping[str, Tensor], family: str, kind: str) -> dict[str, Tensor]:
+    """Our tensors under a family's names: the inverse of `to_ours`, to the bit."""
+    target = FAMILIES[family]
+    if target.split_qkv:
+        state = _split_qkv(state)
+    names = rename(state, target.table(kind, to_ours=False))
+    return {names[name]: tensor for name, tensor in state.items()}
+
+
+_QKV = "attn.qkv.weight"
+
+
+def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`attn.qkv.weight` (3D, D) -> `attn.{q,k,v}.weight` (D, D)."""
+    split: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith(_QKV):
+            stem = name.removesuffix("qkv.weight")
+            split |= {f"{stem}{part}.weight": third for part, third in zip("qkv", tensor.chunk(3), strict=True)}
+        else:
+            split[name] = tensor
+    return split
+
+
+def _merge_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `_split_qkv`; the merged matrix takes the place of the first third."""
+    merged: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"(.*\battn\.)[qkv]\.weight", name)
+        if match is None:
+            merged[name] = tensor
+            continue
+        thirds = [f"{match[1]}{part}.weight" for part in "qkv"]
+        if f"{match[1]}qkv.weight" in merged:
+            continue
+        absent = [third for third in thirds if third not in state]
+        if absent:
+            raise UserError(f"{match[1]}qkv.weight: its part {absent[0]} is not in the file (have {name}).")
+        merged[f"{match[1]}qkv.weight"] = torch.cat([state[third] for third in thirds])
+    return merged
+
+
+# ------------------------------------------------------------------------------------ pretraining -> classifier
+
+
+class FinetuneStart(NamedTuple):
+    """What a pretrained file gives a classifier."""
+
+    tensors: dict[str, Tensor]  # to load
+    kept: tuple[str, ...]  # the classifier's tensors that keep their initial values
+    dropped: tuple[str, ...]  # the file's tensors that have no place in the classifier
+
+
+_MAY_KEEP = re.compile(r"(fc_norm|norm|head)\.(weight|bias)|llama\..+|llama_dim_mapper[12]\.weight")
+_MAY_DROP = re.compile(r"decoder\..+|mask_token|encoder_to_decoder\.weight|(fc_norm|norm|head)\.(weight|bias)")
+
+
+def finetune_start(state: Mapping[str, Tensor], want: Mapping[str, Tensor | Sequence[int]]) -> FinetuneStart:
+    """The tensors of a pretrained (or fine-tuned) VideoMAE file that a classifier starts from, as the original does.
+
+    `encoder.` or `backbone.` is cut off; the decoder, the encoder's final norm and a head of another size stay
+    behind. Everything else must fit: where the original goes on with random blocks, this is a UserError.
+    """
+    found = {re.sub(r"^(backbone|encoder)\.", "", name): (name, tensor) for name, tensor in state.items()}
+    diff = diff_keys({name: tensor for name, (_, tensor) in found.items()}, want)
+    misfits = {name for name in diff.wrong_shape if name.startswith("head.")}
+    dropped = {*diff.unexpected, *misfits}
+    wrong = [n for n in diff.unexpected if not _MAY_DROP.fullmatch(n)]
+    wrong += [n for n in diff.missing if not _MAY_KEEP.fullmatch(n)]
+    wrong += [n for n in diff.wrong_shape if n not in misfits]
+    if wrong:
+        raise UserError(
+            f"the pretrained weights do not fit this model at {len(wrong)} tensors, {wrong[0]} first.\n{diff}"
+        )
+    return FinetuneStart(
+        {name: tensor for name, (_, tensor) in found.items() if name not in dropped},
+        tuple(name for name in want if name not in found or name in misfits),
+        tuple(original for name, (original, _) in found.items() if name in dropped),
+    )

@@ -1,0 +1,111 @@
+"""Reading what a run left in its folder: one place that knows the files' form and names the line that is damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from vlm.types import Prediction, UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        UserError: no such file, not JSON (with the line), or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {type(value).__name__}, expected one JSON object")
+    return value
+
+
+def read_rows(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file, in order.
+
+    Args:
+        damaged: where given, a line that is no JSON object adds a sentence to it and is left out; else it is an error.
+    Raises:
+        UserError: no such file, or a damaged line (with its number).
+    """
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            problem = None if isinstance(row, dict) else f"holds {type(row).__name__}, expected a JSON object"
+        except json.JSONDecodeError as error:
+            problem = f"is not JSON ({error.msg})"
+        if problem is None:
+            rows.append(row)
+        elif damaged is None:
+            raise UserError(f"{path}: line {number} {problem}; the file is damaged: evaluate again")
+        else:
+            damaged.append(f"{path.name}: line {number} {problem}")
+    return rows
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """The rows of a predictions.jsonl, each checked against the others.
+
+    Raises:
+        UserError: naming the line: a field is missing or of the wrong type, a score is not finite, the number of
+            scores differs from the first row's, truth or prediction is no class, the key came before, the
+            prediction is not the class with the highest score; or there is no row at all.
+    """
+    predictions: list[Prediction] = []
+    lines: dict[str, int] = {}
+    for number, row in enumerate(read_rows(path), start=1):
+        try:
+            prediction = _prediction(row, len(predictions[0].scores) if predictions else None)
+            if prediction.key in lines:
+                raise ValueError(f"key {prediction.key!r} came in line {lines[prediction.key]} already")
+        except ValueError as error:
+            raise UserError(f"{path}: line {number}: {error}; the file is damaged: evaluate again") from error
+        lines[prediction.key] = number
+        predictions.append(prediction)
+    if not predictions:
+        raise UserError(f"{path}: holds no prediction; evaluate again")
+    return predictions
+
+
+def _prediction(row: dict[str, Any], classes: int | None) -> Prediction:
+    for name, kind in (("key", str), ("truth", int), ("prediction", int), ("scores", list)):
+        if name not in row:
+            raise ValueError(f"has no {name!r}")
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
+            raise ValueError(f"{name} is {row[name]!r:.60}, expected {kind.__name__}")
+    probes = row.get("probes", {})
+    if not isinstance(probes, dict):
+        raise ValueError(f"probes is {probes!r:.60}, expected an object")
+    for name, scores in {"scores": row["scores"], **probes}.items():
+        _check_scores(name, scores, classes if classes is not None else len(row["scores"]))
+    for name in ("truth", "prediction"):
+        if not 0 <= row[name] < len(row["scores"]):
+            raise ValueError(f"{name} is {row[name]}, but there are {len(row['scores'])} classes")
+    if row["scores"][row["prediction"]] < max(row["scores"]):
+        raise ValueError(f"prediction is {row['prediction']}, but another class has a higher score")
+    return Prediction(
+        key=row["key"], truth=row["truth"], prediction=row["prediction"], scores=row["scores"], probes=probes
+    )
+
+
+def _check_scores(name: str, scores: Any, classes: int) -> None:
+    if not isinstance(scores, list) or not scores:
+        raise ValueError(f"{name} is {scores!r:.60}, expected a list of numbers")
+    if len(scores) != classes:
+        raise ValueError(f"{name} has {len(scores)} entries, expected {classes} (a score a class)")
+    if not all(isinstance(s, (int, float)) and not isinstance(s, bool) and math.isfinite(s) for s in scores):
+        raise ValueError(f"{name} holds something that is not a finite number")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vlm.data.shard_format import ShardError
 from vlm.data.shards import ShardSet
 from vlm.data.video import DecodeError, count_frames, decode
 from vlm.types import Prediction, Record, UserError
@@ -56,7 +57,7 @@ class TestClips:
         for truth, key in first.items():
             try:
                 names[truth] = str(self.read(key).annotation.get("name", names[truth]))
-            except Exception:  # a damaged record is said where its frames would stand; a name is worth no failure
+            except (ShardError, OSError):  # said where its frames would stand
                 continue
         return names
 
@@ -109,7 +110,7 @@ def _frames(key: str, clips: TestClips) -> str:
         frames = decode(record.video, picked, decoders=record.decoders)
     except KeyError:
         return f'<p class="missing">{escape(key)} is not in the test shards any more</p>'
-    except (DecodeError, UserError, OSError, ValueError) as error:
+    except (DecodeError, ShardError, OSError) as error:
         return f'<p class="missing">{escape(str(error))}</p>'
     return "".join(
         f'<img src="data:image/jpeg;base64,{_jpeg(frame)}" height="{FRAME_HEIGHT}" alt="frame {index}" '

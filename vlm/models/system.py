@@ -1,0 +1,118 @@
+"""What every system is to the trainer: losses by name, scores to predict with, which parameters train, and how.
+
+    class MySystem(System):
+        def losses(self, batch): ...      # a view's name is its loss's name
+        def counts(self, batch): ...      # the same names, known before the forward pass
+
+The trainer calls the module itself, `system(batch)`; evaluation calls `system.predict(batch)`. Both go through
+`forward`, so whatever hooks an engine has put on the module run for both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from vlm.types import Batch, Losses, UserError
+from vlm.weights import state_hash
+
+
+class Cost(NamedTuple):
+    """What the forward pass over one batch costs.
+
+    Training adds the backward pass: twice the forward for `trained_flops` (gradients of weights and of inputs), once
+    for `frozen_flops` (gradients of inputs alone). What recomputing activations adds is not counted.
+    """
+
+    tokens: int
+    trained_flops: float  # products with a trained weight, and of activations with activations; 2 a multiply-add
+    frozen_flops: float  # products with a frozen weight
+
+
+class System(nn.Module):
+    """Base of all systems. Parameters are named as in the published weights; none has zero dimensions."""
+
+    input_shape: tuple[int, int, int, int]
+    """Shape of one clip: (C, T, H, W)."""
+
+    _frozen_hash: str | None = None
+
+    def forward(self, batch: Batch, scores: bool = False) -> Losses | Tensor:
+        """The losses of a batch, or with `scores` its class scores (see `predict`)."""
+        return self.scores(batch) if scores else self.losses(batch)
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Class scores before the softmax (logits), (B, K) fp32. Call it in evaluation mode, without gradients."""
+        return self(batch, scores=True)
+
+    def losses(self, batch: Batch) -> Losses:
+        """Every loss of this system by name: its sum over elements and their number, never a mean."""
+        raise NotImplementedError
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Loss name -> elements that `losses` will sum for this batch: the trainer needs them beforehand."""
+        raise NotImplementedError
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Class scores, (B, K) fp32; UserError in a system that knows no classes."""
+        raise UserError(f"{type(self).__name__} predicts no classes, so it cannot be evaluated; set eval to none")
+
+    def cost(self, batch: Batch) -> Cost:
+        """What the forward pass over this batch costs."""
+        raise NotImplementedError
+
+    def trainable(self, name: str) -> bool:
+        """Whether the parameter of this name trains: the one predicate that decides it."""
+        return True
+
+    def freeze(self) -> None:
+        """Set `requires_grad` by `trainable`, and remember the hash of what is frozen."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.trainable(name))
+        self._frozen_hash = self._hash_frozen()
+
+    def frozen_hash(self) -> str:
+        """sha256 of names, shapes, dtypes and bytes of the frozen parameters, taken when `freeze` was called.
+
+        It identifies the source that frozen weights came from. An engine may cut or cast parameters later; the hash
+        does not change with that.
+        """
+        if self._frozen_hash is None:
+            self._frozen_hash = self._hash_frozen()
+        return self._frozen_hash
+
+    def _hash_frozen(self) -> str:
+        frozen = {name: p for name, p in self.named_parameters() if not self.trainable(name)}
+        if any(p.is_meta for p in frozen.values()):
+            return "no weights: built on the meta device"
+        return state_hash(frozen)
+
+    @property
+    def num_layers(self) -> int | None:
+        """Depth that layer-wise learning-rate decay counts with; None: this system has no such order."""
+        return None
+
+    def layer_id(self, name: str) -> int | None:
+        """Position of a parameter for layer-wise decay: 0 the input … num_layers + 1 the head."""
+        return None
+
+    def no_decay(self, name: str, tensor: Tensor) -> bool:
+        """Whether weight decay passes a parameter over: biases, norms and all else that is one-dimensional."""
+        return tensor.ndim <= 1 or name.endswith(".bias")
+
+
+def num_frozen(system: System) -> int:
+    """Number of frozen values in a system."""
+    return sum(p.numel() for p in system.parameters() if not p.requires_grad)
+
+
+def num_trained(system: System) -> int:
+    """Number of trained values in a system."""
+    return sum(p.numel() for p in system.parameters() if p.requires_grad)
+
+
+def as_clips(batch: Batch) -> Tensor:
+    """The clips of a batch that must have some, (B, C, T, H, W)."""
+    assert batch.video is not None, "a batch without video reached a system that sees only video"
+    return batch.video

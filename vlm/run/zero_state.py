@@ -53,6 +53,8 @@ def prime(engine: Any) -> None:
             inner.state[master] = {"step": step, **{kind: torch.zeros_like(master) for kind in MOMENTS}}
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
+        # DeepSpeed links once, after the first group's first step, when the other groups have no state yet.
+        engine.optimizer._hp_optimizer_states_linked = False
         link()
 
 
@@ -105,7 +107,7 @@ def _write_one(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -
         part, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, False, optim_state_key=key)
         rank = engine.optimizer._get_param_partition_rank(parameter)
         mine = value.flatten()[rank * part.numel() : (rank + 1) * part.numel()]
-        part[: mine.numel()].copy_(mine)  # the last rank's part may end in padding
+        part.data[: mine.numel()].copy_(mine)  # the last rank's part may end in padding
     elif hasattr(parameter, "_hp_mapping"):
         parameter.set_full_hp_param(value.to(parameter.device), key)  # type: ignore[operator]
     else:

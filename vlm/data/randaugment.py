@@ -137,7 +137,8 @@ def apply_operation(image: Image.Image, step: Step) -> Image.Image:
         case "Rotate":
             return image.rotate(argument, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
         case "Posterize":
-            return ImageOps.posterize(image, int(argument))
+            # Keeping no bit is black; Pillow refuses to be asked for it.
+            return ImageOps.posterize(image, int(argument)) if argument else Image.new("RGB", image.size)
         case "Solarize":
             return ImageOps.solarize(image, int(argument))
         case "SolarizeAdd":

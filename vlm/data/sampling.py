@@ -44,7 +44,8 @@ def segment_test_grid(num_frames: int, num_segments: int) -> np.ndarray:
 def segment_test_clips(num_frames: int, num_segments: int, num_clips: int) -> list[np.ndarray]:
     """Test clips of S frames: both strided halves of the grid, or, for one clip, the middle of each segment.
 
-    The stride of 2 is part of the original's arithmetic, so no other number of clips is defined.
+    No other number of clips is defined: the original takes every second frame whatever the number, and for three clips
+    fills up with copies of one frame, so that its clips have 24, 24 and 23 frames for S = 16.
     """
     if num_clips == 1:
         return [segment_frames(num_frames, num_segments, None)]
@@ -94,7 +95,8 @@ def dense_test_clips(num_frames: int, clip_length: int, stride: int, num_clips: 
 def strided_frames(num_frames: int, clip_length: int, stride: int, generator: RandomState | None) -> np.ndarray:
     """Pretraining indices, (clip_length,): `stride` apart from a random start, or, without a generator, the middle one.
 
-    A video shorter than `clip_length * stride` is read from frame 0; the last index that can be reached is repeated.
+    A video shorter than `clip_length * stride` is read from frame 0 and its last sampled frame is repeated. The very
+    last frame of the video is never sampled: the original counts from one there and stops one short.
     """
     _check(num_frames, clip_length, stride)
     num_starts = num_frames - clip_length * stride + 1
@@ -105,7 +107,7 @@ def strided_frames(num_frames: int, clip_length: int, stride: int, generator: Ra
     else:
         start = int(generator.randint(num_starts))
     steps = np.arange(clip_length, dtype=np.int64)
-    return start + stride * np.minimum(steps, (num_frames - 1 - start) // stride)
+    return start + stride * np.minimum(steps, max(0, (num_frames - 2 - start) // stride))
 
 
 def _check(num_frames: int, clip_length: int, stride: int = 1) -> None:

@@ -222,6 +222,11 @@ def to_video(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(frames.transpose(3, 0, 1, 2), dtype=np.float32, order="C"))
 
 
+def crop_video(video: Tensor, box: Box) -> Tensor:
+    """The box of a video (…, H, W), a view."""
+    return video[..., box.top : box.top + box.height, box.left : box.left + box.width]
+
+
 def resize_video(video: Tensor, size: int) -> Tensor:
     """Video (3, T, H, W) float as (3, T, size, size): bilinear, pixel centres aligned, no antialiasing."""
     if video.shape[-2:] == (size, size):
@@ -238,7 +243,6 @@ def normalize(video: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
 
 def erase(video: Tensor, box: Box, generator: Generator) -> Tensor:
     """Video (3, T, H, W) with the box of every frame replaced, in place, by normal noise of its own."""
-    for frame in video.unbind(dim=1):
-        noise = torch.empty(video.shape[0], box.height, box.width).normal_(generator=generator)
-        frame[:, box.top : box.top + box.height, box.left : box.left + box.width] = noise
+    for frame in crop_video(video, box).unbind(dim=1):
+        frame.copy_(torch.empty(frame.shape).normal_(generator=generator))
     return video

@@ -1,0 +1,152 @@
+"""Planned items -> one shard and its sidecar.
+
+A shard appears under its name only when it is complete, and counts as finished when its sidecar (the rows of the index
+and the rejected items) lies beside the plan; whoever starts next builds what has no sidecar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from webdataset.writer import TarWriter
+
+from vlm.data.shard_format import (
+    BLOCK,
+    UNFINISHED,
+    UNKNOWN,
+    encode_key,
+    replace_file,
+    shard_name,
+    sync_folder,
+    text_length,
+    to_json,
+)
+from vlm.data.video import DecodeError, check_decoders, container_extension, inspect
+
+Report = Callable[[int, int], None]  # position of the item that is begun, bytes of its file
+
+
+class Place(NamedTuple):
+    """Where a record lies in its tar."""
+
+    offset: int
+    nbytes: int
+    members: dict[str, tuple[int, int]]  # column of the index -> (offset, nbytes) of the content
+
+
+class ShardFile:
+    """Writes a tar and keeps account of offsets and hash. Same content, same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self.nbytes = 0
+        self._writer = TarWriter(self, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False)
+
+    def write(self, data: bytes) -> int:
+        """For the tar writer: the bytes go to the file and into the hash."""
+        self._hash.update(data)
+        self.nbytes += len(data)
+        return self._file.write(data)
+
+    def add(self, key: str, members: Mapping[str, tuple[str, bytes]]) -> Place:
+        """Append one record. `members`: column of the index -> (extension of the member's name, content)."""
+        start = self._writer.tarstream.offset
+        places = {}
+        for column, (extension, content) in members.items():
+            self._writer.write({"__key__": encode_key(key), extension: content})
+            padded = -(-len(content) // BLOCK) * BLOCK
+            places[column] = (self._writer.tarstream.offset - padded, len(content))
+        return Place(start, self._writer.tarstream.offset - start, places)
+
+    def finish(self) -> str:
+        """Close the tar, force it to disk and return its sha256."""
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        """Close the file without finishing the tar."""
+        self._file.close()
+
+
+def sidecar(out: Path, number: int) -> Path:
+    """The file that says a shard is finished: its rows, rejected items, warnings, size and hash."""
+    return out / UNFINISHED / f"shard-{number:06d}.json"
+
+
+def is_finished(out: Path, number: int) -> bool:
+    """Whether a shard and its sidecar are there and of one size."""
+    tar = out / shard_name(number)
+    path = sidecar(out, number)
+    return path.exists() and tar.exists() and tar.stat().st_size == json.loads(path.read_bytes())["bytes"]
+
+
+# One shard -----------------------------------------------------------------------------------------------------------
+
+
+def build_shard(
+    out: Path, number: int, lines: Sequence[bytes], check: bool, skip: Mapping[int, str], report: Report
+) -> None:
+    """Write one shard and its sidecar. `skip`: item -> why it is rejected unseen; `report` is told of each item."""
+    temporary = out / UNFINISHED / f"{shard_name(number)}.tmp-{os.getpid()}"
+    records: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    warnings: list[dict[str, Any]] = []
+    shard = ShardFile(temporary)
+    try:
+        for item in map(json.loads, lines):
+            report(item["at"], item["size"])
+            name = {"at": item["at"], "key": item["key"], "file": item["file"]}
+            try:
+                if item["at"] in skip:
+                    raise DecodeError(skip[item["at"]])
+                members, facts, warned = _load(item, check)
+            except DecodeError as error:
+                rejected.append({**name, "reason": str(error)})
+                continue
+            place = shard.add(item["key"], members)
+            records.append({"key": encode_key(item["key"]), **place._asdict(), **facts})
+            warnings += [{**name, "warning": warning} for warning in warned]
+        digest = shard.finish()
+        temporary.replace(out / shard_name(number))
+        sync_folder(out)
+    finally:
+        shard.abandon()
+        temporary.unlink(missing_ok=True)
+    summary = {"bytes": shard.nbytes, "sha256": digest, "records": records, "rejected": rejected, "warnings": warnings}
+    replace_file(sidecar(out, number), to_json(summary))
+
+
+def _load(item: Mapping[str, Any], check: bool) -> tuple[dict[str, tuple[str, bytes]], dict[str, Any], Sequence[str]]:
+    """(members of the record, columns of the index, warnings); raises DecodeError for what cannot be kept."""
+    annotation = item["annotation"]
+    facts: dict[str, Any] = {"num_frames": UNKNOWN, "text_length": text_length(annotation), "decoders": []}
+    members: dict[str, tuple[str, bytes]] = {}
+    warned: Sequence[str] = ()
+    if item["file"]:
+        path = Path(item["file"])
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DecodeError(f"cannot be read: {error.strerror or error}") from error
+        suffix = path.suffix[1:].lower()
+        members["video"] = (
+            container_extension(data) or (suffix if suffix.isalnum() and suffix.isascii() else "bin"),
+            data,
+        )
+        facts["decoders"] = ["pyav"]
+        if check:
+            info = inspect(data)
+            warned = info.warnings
+            facts["decoders"] = list(check_decoders(data, info))
+            facts.update({name: getattr(info, name) for name in ("num_frames", "fps", "duration", "width", "height")})
+    members["json"] = ("json", to_json(annotation))
+    return members, facts, warned

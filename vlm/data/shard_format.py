@@ -1,0 +1,117 @@
+"""The words of the shard format: names, keys, the columns of the index, whole writes.
+
+A shard set is a folder:
+
+    shard-000000.tar …   uncompressed tars that plain webdataset reads: `{key}.{mp4|webm|…}` and `{key}.json`, the
+                         members of a key side by side, every header the same for the same content
+    index.npy            one row a record (`index_dtype`), opened by memory mapping
+    manifest.json        counts, hours, bytes, hashes, every rejected item; written last: without it the set is
+                         unfinished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+
+FORMAT = "vlm-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+UNFINISHED = ".unfinished"  # folder of what only a running or killed writer needs
+BLOCK = 512  # tar's unit
+MAX_KEY_BYTES = 240
+DECODER_BITS = {"decord": 1, "pyav": 2}  # best first
+UNKNOWN = -1  # num_frames of a record that was not decoded
+
+# Bytes that may stand in a key as they are. Not "." (webdataset cuts member names there), "/", "%" or "\".
+_PLAIN = re.compile(rb"[ -~]")
+_ESCAPED = b"./%\\"
+
+
+class ShardError(Exception):
+    """A record that cannot be read back from its shard. The message names the shard and the bytes."""
+
+
+def encode_key(key: str) -> str:
+    """The name under which a key stands in tar and index: ASCII, percent-encoded where it has to be."""
+    return "".join(
+        chr(byte) if _PLAIN.match(bytes([byte])) and byte not in _ESCAPED else f"%{byte:02X}"
+        for byte in key.encode("utf-8", "surrogatepass")
+    )
+
+
+def decode_key(name: str) -> str:
+    """The inverse of `encode_key`."""
+    return unquote(name, errors="surrogatepass")
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def index_dtype(key_bytes: int, members: Sequence[str]) -> np.dtype:
+    """One packed row a record. Offsets are bytes from the start of the tar; a member that is absent has -1, 0."""
+    columns: list[tuple[str, str]] = [
+        ("key", f"S{key_bytes}"),  # as encode_key writes it
+        ("shard", "<i4"),
+        ("offset", "<i8"),  # of the record's first tar header
+        ("nbytes", "<i8"),  # up to the end of its last member, padding included
+        ("num_frames", "<i4"),  # -1: unknown
+        ("fps", "<f8"),  # 0: unknown, as the four below
+        ("duration", "<f8"),  # seconds
+        ("width", "<i4"),  # pixels, rotation applied
+        ("height", "<i4"),
+        ("text_length", "<i4"),  # characters of annotation text
+        ("decoders", "u1"),  # DECODER_BITS
+    ]
+    for member in members:
+        columns += [(f"{member}_offset", "<i8"), (f"{member}_nbytes", "<i8")]
+    return np.dtype(columns)
+
+
+def text_length(annotation: Any) -> int:
+    """Characters of all texts in an annotation, its keys not counted."""
+    if isinstance(annotation, str):
+        return len(annotation)
+    if isinstance(annotation, Mapping):
+        return sum(text_length(value) for value in annotation.values())
+    if isinstance(annotation, Sequence):
+        return sum(text_length(value) for value in annotation)
+    return 0
+
+
+def to_json(value: Any, **options: Any) -> bytes:
+    """The same bytes for the same value; raises ValueError or TypeError for what JSON cannot hold.
+
+    File names that are not UTF-8 come through (their stray bytes as JSON escapes), so a list of files can be kept.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, **options)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: temporary name, fsync, rename."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)

@@ -1,0 +1,137 @@
+"""What a source lists -> which item goes into which shard, decided before anything is written.
+
+The plan depends on the listed items, their file sizes and the arguments, on nothing else; its digest tells whether a
+folder that holds some shards already was begun for the same thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from vlm.data.shard_format import MAX_KEY_BYTES, encode_key, to_json
+from vlm.types import Rejected, Sample, UserError
+
+
+class Cut(NamedTuple):
+    """The lines of the plan file that make one shard."""
+
+    offset: int
+    nbytes: int
+    items: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The items themselves are in the plan file: one JSON line an item, {at, key, file, size, annotation}."""
+
+    arguments: dict[str, Any]
+    listed: int  # items that the source listed, rejected ones included
+    cuts: tuple[Cut, ...]
+    rejected: tuple[dict[str, Any], ...]  # {at, key, file, reason} of the items that were rejected while planning
+    digest: str
+
+    @property
+    def planned(self) -> int:
+        return sum(cut.items for cut in self.cuts)
+
+
+def make_plan(
+    items: Iterable[Sample | Rejected],
+    arguments: Mapping[str, Any],
+    *,
+    shard_size: int,
+    shard_samples: int | None,
+    file: BinaryIO | None,
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """Cut the items, in their order, into shards of at most `shard_size` bytes of media and `shard_samples` items.
+
+    `file` takes the plan's lines; None only computes the digest. An item without its file, with a key that another
+    has, or with an annotation that JSON cannot hold is rejected here.
+    """
+    digest = hashlib.sha256(to_json(dict(arguments)))
+    seen: dict[str, int] = {}
+    rejected: list[dict[str, Any]] = []
+    cuts: list[Cut] = []
+    start = end = count = media = listed = 0
+    for at, item in enumerate(items):
+        listed = at + 1
+        planned = _planned(at, item, seen)
+        if isinstance(planned, Rejected):
+            rejected.append({"at": at, **planned._asdict()})
+            digest.update(_line(rejected[-1]))
+        else:
+            line, size = planned
+            digest.update(line)
+            if count and (media + size > shard_size or count == shard_samples):
+                cuts.append(Cut(start, end - start, count))
+                start, count, media = end, 0, 0
+            if file is not None:
+                file.write(line)
+            end, count, media = end + len(line), count + 1, media + size
+        if progress is not None:
+            progress(listed)
+    if count:
+        cuts.append(Cut(start, end - start, count))
+    return Plan(arguments=dict(arguments), listed=listed, cuts=tuple(cuts), rejected=tuple(rejected),
+                digest=digest.hexdigest())  # fmt: skip
+
+
+def _planned(at: int, item: Sample | Rejected, seen: dict[str, int]) -> tuple[bytes, int] | Rejected:
+    """(line of the plan, bytes of media) of an item, or why it cannot become a record. `seen`: key -> its item."""
+    if isinstance(item, Rejected):
+        return item
+    file = str(item.video) if item.video is not None else ""
+    if not item.key or len(encode_key(item.key)) > MAX_KEY_BYTES:
+        return Rejected(
+            item.key[:80], f"a key of {len(item.key)} letters; 1 to {MAX_KEY_BYTES} bytes are allowed", file
+        )
+    size = 0
+    if item.video is not None:
+        try:
+            status = item.video.stat()
+        except OSError as error:
+            return Rejected(item.key, f"{file}: {error.strerror or error}", file)
+        if not stat.S_ISREG(status.st_mode):
+            return Rejected(item.key, f"{file}: not a file", file)
+        size = status.st_size
+    try:
+        row = {"at": at, "key": item.key, "file": file, "size": size, "annotation": item.annotation}
+        line = _line(row)
+    except (TypeError, ValueError) as error:
+        return Rejected(item.key, f"the annotation cannot be written as JSON: {error}", file)
+    if item.key in seen:
+        return Rejected(item.key, f"duplicate key: item {at} of the list has the key of item {seen[item.key]}", file)
+    seen[item.key] = at
+    return line, size
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return to_json(row) + b"\n"
+
+
+def refuse_other_plan(folder: Path, begun: Mapping[str, Any], plan: Plan) -> None:
+    """Raise UserError, saying what differs, unless the folder was begun (or finished) for this plan.
+
+    `begun` holds `arguments`, `listed` and the digest `plan`, as the manifest does.
+    """
+    if begun.get("plan") == plan.digest:
+        return
+    old = begun.get("arguments", {})
+    differences = [
+        f"{name} was {old.get(name)!r}, now {plan.arguments.get(name)!r}"
+        for name in sorted(old.keys() | plan.arguments.keys())
+        if old.get(name) != plan.arguments.get(name)
+    ]
+    if begun.get("listed") != plan.listed:
+        differences.append(f"{begun.get('listed')} items were listed, now {plan.listed}")
+    raise UserError(
+        f"{folder} holds shards of another plan: "
+        + ("; ".join(differences) or "the same arguments, but annotations, file sizes or missing files have changed")
+        + ". Finished shards would be mixed with other ones: choose another --out, or delete this folder"
+    )

@@ -8,7 +8,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 24, 12, 40
 MAX_POINTS = 600
 
 
@@ -129,7 +129,7 @@ def matrix_chart(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     """
     classes, labelled = len(counts), len(counts) <= 40
     cell = max(4, min(34, 640 // max(classes, 1)))
-    left = 12 + max((7 * min(len(name), 42) for name in names), default=0) if labelled else 20
+    left = 12 + max((7 * min(len(name), 60) for name in names), default=0) if labelled else 20
     top, size = 30, classes * cell
     parts = [f'<svg class="matrix" width="{left + size + 12}" height="{top + size + 24}" role="img" '
              'aria-label="confusion matrix">']  # fmt: skip
@@ -153,7 +153,7 @@ def matrix_chart(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
                     f'<text class="{ink}" x="{x + cell / 2}" y="{y + cell / 2 + 4}" text-anchor="middle">{count}</text>'
                 )
         if labelled:
-            name = f"{row}  {names[row]}"[:44]
+            name = f"{row}  {names[row]}"[:62]
             parts.append(f'<text x="{left - 6}" y="{y + cell / 2 + 4}" text-anchor="end">{escape(name)}</text>')
             parts.append(f'<text x="{left + (row + 0.5) * cell}" y="{top - 6}" text-anchor="middle">{row}</text>')
     parts.append(f'<text x="{left}" y="{top + size + 18}">rows: truth; columns: prediction</text>')

@@ -71,7 +71,11 @@ def choose(predictions: Sequence[Prediction]) -> list[Prediction]:
         if prediction.truth == prediction.prediction:
             by_class.setdefault(prediction.truth, []).append(prediction)
     while any(by_class.values()) and len(right) < NUM_CLIPS:
-        right += [by_class[truth].pop(0) for truth in sorted(by_class) if by_class[truth]]
+        for _, clips in sorted(by_class.items()):
+            if clips:
+                right.append(
+                    clips.pop(len(right) % len(clips))
+                )  # not the same place in each class: neighbours are alike
     shown = wrong[:MOST_WRONG]
     shown += right[: NUM_CLIPS - len(shown)]
     return shown + wrong[MOST_WRONG : MOST_WRONG + NUM_CLIPS - len(shown)]

@@ -9,9 +9,10 @@ body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var
   max-width: 1000px; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--edge); }
 table { border-collapse: collapse; margin: .6rem 0; } th { text-align: left; font-weight: 600; }
-th, td { padding: .15rem .8rem .15rem 0; vertical-align: top; overflow-wrap: anywhere; }
+th, td { padding: .15rem .8rem .15rem 0; vertical-align: top; }
+td { overflow-wrap: anywhere; } th, .figure { white-space: nowrap; overflow-wrap: normal; }
 .figure { text-align: right; font-variant-numeric: tabular-nums; }
-.good { color: var(--good); } .bad { color: var(--bad); } .quiet, .missing { color: var(--quiet); }
+.good, .bad { white-space: nowrap; } .good { color: var(--good); } .bad { color: var(--bad); } .quiet, .missing { color: var(--quiet); }
 .problems { border: 1px solid var(--bad); padding: .6rem 1rem; border-radius: 6px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-weight: 600; }
@@ -23,7 +24,7 @@ svg .cell { fill: none; stroke: var(--edge); stroke-width: .5; }
 svg .right { fill: var(--line); } svg .wrong { fill: var(--bad); }
 svg.matrix text { fill: var(--ink); } svg.matrix text.ink { fill: var(--paper); } .wide { overflow-x: auto; }
 .matrix { max-width: none; }
-.clip { display: flex; flex-wrap: wrap; gap: 1rem; align-items: center; margin: .7rem 0; }
-.clip p { margin: 0; } .frames { display: flex; gap: 3px; } .frames img { border-radius: 3px; }
+.clip { display: flex; gap: 1rem; align-items: center; margin: .7rem 0; }
+.clip p { margin: 0; flex: 1; } .frames { flex: none; display: flex; gap: 3px; } .frames img { border-radius: 3px; }
 pre { background: var(--panel); padding: .8rem; overflow-x: auto; border-radius: 6px; }
 """

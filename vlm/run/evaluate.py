@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from vlm.config import to_dict
 from vlm.data.loader import eval_loader
 from vlm.data.shards import ShardSet
 from vlm.distributed import World, gather_objects, share, share_object
-from vlm.metrics.classify import classification_metrics, merge_views
+from vlm.metrics.classify import classification_metrics, mean_probabilities
 from vlm.recipe import EvalConfig, Recipe
 from vlm.run.checkpoint import Progress
 from vlm.types import Batch, Example, Prediction, UserError
@@ -135,12 +136,12 @@ def _score_group(
     recipe: Recipe, engine: Any, world: World, items: list[Item], probes: tuple[str, ...]
 ) -> list[Prediction]:
     """Forward all views of a few clips, one pass for each condition."""
-    scores: dict[str, list[Tensor]] = {}
+    scores: dict[str, list[np.ndarray]] = {}
     for condition in ("", *probes):
         views = [example for _, _, conditions, _ in items for example in conditions[condition]]
         logits = _forward(recipe, engine, world, views)
         sizes = [len(conditions[condition]) for _, _, conditions, _ in items]
-        scores[condition] = [merge_views(part) for part in logits.split(sizes)] if items else []
+        scores[condition] = [mean_probabilities(part.numpy()) for part in logits.split(sizes)] if items else []
     rows = []
     for number, (key, label, _, _) in enumerate(items):
         if label is None:
@@ -170,7 +171,7 @@ def _forward(recipe: Recipe, engine: Any, world: World, views: list[Example]) ->
     return logits[: len(views)]
 
 
-def _listed(scores: Tensor) -> list[float]:
+def _listed(scores: np.ndarray) -> list[float]:
     return [round(float(value), 6) for value in scores]
 
 

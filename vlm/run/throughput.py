@@ -41,7 +41,7 @@ class Throughput:
         tokens, flops = 0, 0.0
         for item in micro_batches:
             cost = self._model.cost(item.batch)
-            tokens += cost.tokens
+            tokens += cost.tokens * item.weight
             flops += 3 * cost.trained_flops + 2 * cost.frozen_flops
         return {
             "tokens_per_s": tokens * self._world.size / seconds,

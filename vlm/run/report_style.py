@@ -12,7 +12,8 @@ table { border-collapse: collapse; margin: .6rem 0; } th { text-align: left; fon
 th, td { padding: .15rem .8rem .15rem 0; vertical-align: top; }
 td { overflow-wrap: anywhere; } th, .figure { white-space: nowrap; overflow-wrap: normal; }
 .figure { text-align: right; font-variant-numeric: tabular-nums; }
-.good, .bad { white-space: nowrap; } .good { color: var(--good); } .bad { color: var(--bad); } .quiet, .missing { color: var(--quiet); }
+.good, .bad { white-space: nowrap; }
+.good { color: var(--good); } .bad { color: var(--bad); } .quiet, .missing { color: var(--quiet); }
 .problems { border: 1px solid var(--bad); padding: .6rem 1rem; border-radius: 6px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-weight: 600; }

@@ -1,7 +1,7 @@
 """Frame indices, mixing, pixels and view merging against numbers recorded from the original VideoMAE / ViT-LLaMA code.
 
-Measured: indices, boxes, masks, targets, RandAugment, the 8-bit resize and merged probabilities agree exactly; the whole
-seeded augmentation within 2.4e-7, mixup within one float32 unit in the last place.
+Measured: indices, boxes, masks, targets, RandAugment, the 8-bit resize and merged probabilities agree exactly; the
+whole seeded augmentation within 2.4e-7, mixup within one float32 unit in the last place.
 """
 
 from __future__ import annotations

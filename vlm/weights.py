@@ -171,18 +171,18 @@ _LAYER_KEY = re.compile(r"(?:model\.|llama\.)?layers\.(\d+)\.(.+)")
 _ROTARY_BUFFER = re.compile(r"attention\.inner_attention\.rope\.freqs|self_attn\.rotary_emb\.inv_freq")
 
 
-def layer_tensors(path: str | Path, layer: int) -> dict[str, Tensor]:
+def layer_tensors(source: str | Path | Mapping[str, Loader], layer: int) -> dict[str, Tensor]:
     """One LLaMA layer of a Meta or Hugging Face file or folder, by `LlamaDecoderLayer`'s names; the rest is not read.
 
-    Also of our own `frozen.safetensors` (tools/convert_ckpt.py), whose layers count from 0.
-
-    Dtypes as stored. The rows of q and k stay in the file's own order (Meta: rotary pairs; HF: halves, see
-    `pairs_to_halves`), which makes no difference where no rotary embedding follows. Rotary tables in the layer are
-    constants and are left out. UserError: no such layer, or a layer that is not LLaMA's nine matrices.
+    Also of our own `frozen.safetensors` (tools/convert_ckpt.py), whose layers count from 0. `source` may be what
+    `open_tensors` gave. Dtypes as stored. The rows of q and k stay in the file's own order (Meta: rotary pairs; HF:
+    halves, see `pairs_to_halves`), which makes no difference where no rotary embedding follows. Rotary tables in the
+    layer are constants and are left out. UserError: no such layer, or a layer that is not LLaMA's nine tensors.
     """
+    named = "the weights" if isinstance(source, Mapping) else str(source)
     numbers: set[int] = set()
     found: dict[str, Loader] = {}
-    for name, load in open_tensors(path).items():
+    for name, load in (source if isinstance(source, Mapping) else open_tensors(source)).items():
         match = _LAYER_KEY.fullmatch(name)
         if not match:
             continue
@@ -191,11 +191,11 @@ def layer_tensors(path: str | Path, layer: int) -> dict[str, Tensor]:
             found[match[2]] = load
     if not found:
         held = f"layers {min(numbers)} to {max(numbers)}" if numbers else "no LLaMA layers"
-        raise UserError(f"{path}: layer {layer} was asked for, the file holds {held} (counted from 0).")
+        raise UserError(f"{named}: layer {layer} was asked for, counted from 0; there are {held}.")
     new = rename(found, (*META_LAYER_TABLE, *((re.escape(n), n) for n in _LAYER_NAMES)))
-    tensors = {new[name]: load() for name, load in found.items()}
-    diff_keys(dict.fromkeys(tensors, ()), dict.fromkeys(_LAYER_NAMES, ())).require(f"{path}, layer {layer}")
-    return {name: tensors[name] for name in _LAYER_NAMES}
+    diff_keys(dict.fromkeys(new.values(), ()), dict.fromkeys(_LAYER_NAMES, ())).require(f"{named}, layer {layer}")
+    by_new = {new[name]: load for name, load in found.items()}
+    return {name: by_new[name]() for name in _LAYER_NAMES}
 
 
 def pairs_to_halves(weight: Tensor, num_heads: int) -> Tensor:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm.types import UserError
-from vlm.weights import META_LAYER_TABLE, Table, diff_keys, rename
+from vlm.weights import META_LAYER_TABLE, Table, rename
 
 PRETRAIN, FINETUNE, VIT_LLAMA = "pretrain", "finetune", "vit_llama"
 KIND_TITLES = {
@@ -24,15 +24,16 @@ KIND_TITLES = {
     FINETUNE: "ViT video classifier",
     VIT_LLAMA: "ViT video classifier with frozen LLaMA layers",
 }
-FROZEN = {PRETRAIN: r"(?!)", FINETUNE: r"(?!)", VIT_LLAMA: r"llama\..+"}  # tensors never trained, by kind
+HAS_FROZEN = (VIT_LLAMA,)  # kinds with tensors that are never trained
+FROZEN = {PRETRAIN: r"(?!)", FINETUNE: r"(?!)", VIT_LLAMA: r"llama\..+"}  # their names
 
 # ------------------------------------------------ pairs (ours, theirs): {i} is a number, {p} is weight or bias
 
 Pairs = Sequence[tuple[str, str]]
 
 _VIT_BLOCK = (
-    "norm1.{p}", "attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.{p}", "norm2.{p}", "mlp.fc1.{p}",
-    "mlp.fc2.{p}",
+    "gamma_1", "gamma_2", "norm1.{p}", "attn.q_bias", "attn.v_bias", "attn.qkv.weight", "attn.proj.{p}", "norm2.{p}",
+    "mlp.fc1.{p}", "mlp.fc2.{p}",
 )  # fmt: skip
 _HF_BLOCK = (  # q, k and v are three matrices there: `_split_qkv` stands between
     ("norm1.{p}", "layernorm_before.{p}"),
@@ -204,42 +205,3 @@ def _merge_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise UserError(f"{match[1]}qkv.weight: its part {absent[0]} is not in the file (have {name}).")
         merged[f"{match[1]}qkv.weight"] = torch.cat([state[third] for third in thirds])
     return merged
-
-
-# ------------------------------------------------------------------------------------ pretraining -> classifier
-
-
-class FinetuneStart(NamedTuple):
-    """What a pretrained file gives a classifier."""
-
-    tensors: dict[str, Tensor]  # to load
-    kept: tuple[str, ...]  # the classifier's tensors that keep their initial values
-    dropped: tuple[str, ...]  # the file's tensors that have no place in the classifier
-
-
-_MAY_KEEP = re.compile(r"(fc_norm|norm|head)\.(weight|bias)|llama\..+|llama_dim_mapper[12]\.weight")
-_MAY_DROP = re.compile(r"decoder\..+|mask_token|encoder_to_decoder\.weight|(fc_norm|norm|head)\.(weight|bias)")
-
-
-def finetune_start(state: Mapping[str, Tensor], want: Mapping[str, Tensor | Sequence[int]]) -> FinetuneStart:
-    """The tensors of a pretrained (or fine-tuned) VideoMAE file that a classifier starts from, as the original does.
-
-    `encoder.` or `backbone.` is cut off; the decoder, the encoder's final norm and a head of another size stay
-    behind. Everything else must fit: where the original goes on with random blocks, this is a UserError.
-    """
-    found = {re.sub(r"^(backbone|encoder)\.", "", name): (name, tensor) for name, tensor in state.items()}
-    diff = diff_keys({name: tensor for name, (_, tensor) in found.items()}, want)
-    misfits = {name for name in diff.wrong_shape if name.startswith("head.")}
-    dropped = {*diff.unexpected, *misfits}
-    wrong = [n for n in diff.unexpected if not _MAY_DROP.fullmatch(n)]
-    wrong += [n for n in diff.missing if not _MAY_KEEP.fullmatch(n)]
-    wrong += [n for n in diff.wrong_shape if n not in misfits]
-    if wrong:
-        raise UserError(
-            f"the pretrained weights do not fit this model at {len(wrong)} tensors, {wrong[0]} first.\n{diff}"
-        )
-    return FinetuneStart(
-        {name: tensor for name, (_, tensor) in found.items() if name not in dropped},
-        tuple(name for name in want if name not in found or name in misfits),
-        tuple(original for name, (original, _) in found.items() if name in dropped),
-    )

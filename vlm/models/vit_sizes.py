@@ -26,6 +26,8 @@ class Sizes:
     tubelet: int
     patch: int
     num_classes: int = 0
+    qv_bias: bool = True
+    layer_scale: bool = False  # gamma_1, gamma_2; Hugging Face's classes have no such thing
     pooled: bool = True  # fc_norm over the mean of tokens; else norm over all, as masked pretraining has it
     decoder_width: int = 0
     decoder_depth: int = 0
@@ -44,6 +46,8 @@ def sizes_of(state: Mapping[str, Tensor], kind: str) -> Sizes:
         "width": width, "channels": channels, "tubelet": tubelet, "patch": patch,
         "depth": _count(state, f"{stem}blocks."), "mlp_width": _shape(state, f"{stem}blocks.0.mlp.fc1.weight", 2)[0],
     }  # fmt: skip
+    facts["qv_bias"] = f"{stem}blocks.0.attn.q_bias" in state
+    facts["layer_scale"] = f"{stem}blocks.0.gamma_1" in state
     if kind == PRETRAIN:
         output, decoder_width = _shape(state, "decoder.head.weight", 2)
         facts |= {
@@ -80,10 +84,12 @@ def expected_shapes(sizes: Sizes, kind: str) -> dict[str, tuple[int, ...]]:
     patches = (sizes.width, sizes.channels, sizes.tubelet, sizes.patch, sizes.patch)
     shapes: dict[str, tuple[int, ...]] = {"mask_token": (1, 1, sizes.decoder_width)} if kind == PRETRAIN else {}
     shapes |= {f"{stem}patch_embed.proj.weight": patches, f"{stem}patch_embed.proj.bias": (sizes.width,)}
-    shapes |= _block_shapes(f"{stem}blocks.", sizes.depth, sizes.width, sizes.mlp_width)
+    shapes |= _block_shapes(f"{stem}blocks.", sizes.depth, sizes.width, sizes.mlp_width, sizes)
     shapes |= _norm(f"{stem}{'fc_norm' if sizes.pooled else 'norm'}", sizes.width)
     if kind == PRETRAIN:
-        shapes |= _block_shapes("decoder.blocks.", sizes.decoder_depth, sizes.decoder_width, sizes.decoder_mlp_width)
+        shapes |= _block_shapes(
+            "decoder.blocks.", sizes.decoder_depth, sizes.decoder_width, sizes.decoder_mlp_width, sizes
+        )
         shapes |= _norm("decoder.norm", sizes.decoder_width)
         shapes |= _linear("decoder.head", sizes.decoder_output, sizes.decoder_width)
         shapes["encoder_to_decoder.weight"] = (sizes.decoder_width, sizes.width)
@@ -116,12 +122,13 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def _block_shapes(stem: str, depth: int, width: int, mlp_width: int) -> dict[str, tuple[int, ...]]:
+def _block_shapes(stem: str, depth: int, width: int, mlp_width: int, like: Sizes) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for number in range(depth):
         block = f"{stem}{number}."
+        shapes |= {f"{block}gamma_1": (width,), f"{block}gamma_2": (width,)} if like.layer_scale else {}
         shapes |= _norm(f"{block}norm1", width)
-        shapes |= {f"{block}attn.q_bias": (width,), f"{block}attn.v_bias": (width,)}
+        shapes |= {f"{block}attn.q_bias": (width,), f"{block}attn.v_bias": (width,)} if like.qv_bias else {}
         shapes |= {f"{block}attn.qkv.weight": (3 * width, width), **_linear(f"{block}attn.proj", width, width)}
         shapes |= _norm(f"{block}norm2", width)
         shapes |= _linear(f"{block}mlp.fc1", mlp_width, width) | _linear(f"{block}mlp.fc2", width, mlp_width)
@@ -146,9 +153,18 @@ def unusual_depth(sizes: Sizes) -> str | None:
     return f"{sizes.depth} blocks, where every published model of width {sizes.width} has {usual}"
 
 
-def hf_config(
-    sizes: Sizes, kind: str, *, num_heads: int, decoder_heads: int | None, image_size: int, num_frames: int
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What tensors do not tell and config.json wants."""
+
+    num_heads: int
+    decoder_heads: int | None = None
+    image_size: int = 224
+    num_frames: int = 16
+    norm_pix_loss: bool = True
+
+
+def hf_config(sizes: Sizes, kind: str, settings: Settings) -> dict[str, Any]:
     """config.json of a Hugging Face folder: transformers' `VideoMAEConfig` (and what is ours, for ViT-LLaMA).
 
     LayerNorm's eps is 1e-6 in the originals and here; transformers applies the config's value everywhere but in
@@ -157,17 +173,18 @@ def hf_config(
     config: dict[str, Any] = {
         "architectures": ["VideoMAEForPreTraining" if kind == PRETRAIN else "VideoMAEForVideoClassification"],
         "model_type": "videomae",
-        "image_size": image_size, "patch_size": sizes.patch, "num_channels": sizes.channels, "num_frames": num_frames,
-        "tubelet_size": sizes.tubelet, "hidden_size": sizes.width, "num_hidden_layers": sizes.depth,
-        "num_attention_heads": num_heads, "intermediate_size": sizes.mlp_width, "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.02,
-        "layer_norm_eps": 1e-06, "qv_bias": True, "use_mean_pooling": sizes.pooled,
+        "image_size": settings.image_size, "patch_size": sizes.patch, "num_channels": sizes.channels,
+        "num_frames": settings.num_frames, "tubelet_size": sizes.tubelet,
+        "hidden_size": sizes.width, "num_hidden_layers": sizes.depth, "num_attention_heads": settings.num_heads,
+        "intermediate_size": sizes.mlp_width, "hidden_act": "gelu", "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "initializer_range": 0.02, "layer_norm_eps": 1e-06,
+        "qv_bias": sizes.qv_bias, "use_mean_pooling": sizes.pooled,
     }  # fmt: skip
     if kind == PRETRAIN:
         return config | {
             "decoder_hidden_size": sizes.decoder_width, "decoder_num_hidden_layers": sizes.decoder_depth,
-            "decoder_num_attention_heads": decoder_heads, "decoder_intermediate_size": sizes.decoder_mlp_width,
-            "norm_pix_loss": True,
+            "decoder_num_attention_heads": settings.decoder_heads, "decoder_intermediate_size": sizes.decoder_mlp_width,
+            "norm_pix_loss": settings.norm_pix_loss,
         }  # fmt: skip
     labels = {str(index): f"LABEL_{index}" for index in range(sizes.num_classes)}
     config |= {"id2label": labels, "label2id": {name: int(index) for index, name in labels.items()}}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ def _guarded(job: Any, parser: argparse.ArgumentParser, arguments: list[str] | N
     """Run `job`; what a user can mend is printed as one message, without a traceback."""
     from vlm.distributed import leave
 
+    _quiet_warnings()
     options = parser.parse_intermixed_args(arguments)
     try:
         if options.help or not options.recipe:
@@ -81,6 +84,14 @@ def _guarded(job: Any, parser: argparse.ArgumentParser, arguments: list[str] | N
     return 0
 
 
+def _quiet_warnings() -> None:
+    """One process tells, not all; and what a user cannot mend (libraries among themselves) is not told at all."""
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+
+
 def _print_fields(name: str, recipe: Recipe) -> None:
     print(f"{name}: every field, its value here and what it means\n")
     for path, kind, value, document in describe(recipe):
@@ -94,8 +105,6 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
         raise UserError("--deepspeed_config FILE is missing; on a laptop: --deepspeed_config ds_configs/cpu.json")
     hardware = read_hardware(options.deepspeed_config)
     if options.dry_run:
-        import os
-
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if int(os.environ.get("RANK", "0")) == 0:
             derived = derive(hardware, recipe, world_size)

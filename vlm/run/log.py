@@ -134,9 +134,15 @@ class _Wandb:
 
     def finish(self) -> None:
         if self.run is not None:
-            closing = threading.Thread(target=self.run.finish, kwargs={"quiet": True}, daemon=True)
+            closing = threading.Thread(target=self._finish, daemon=True)
             closing.start()
             closing.join(timeout=10)
+
+    def _finish(self) -> None:
+        try:
+            self.run.finish()
+        except Exception as error:  # as above
+            print(f"wandb: did not close ({error}); metrics.jsonl has everything", flush=True)
 
 
 def _start_wandb(mode: str, run_dir: Path, name: str, config: dict[str, Any]) -> _Wandb | None:

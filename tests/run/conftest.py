@@ -1,0 +1,64 @@
+"""A tiny sharded corpus, and a way to start the real command lines in real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlm.data.shards import write_shards
+from vlm.sources import shapes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def shape_shards(tmp_path_factory) -> Path:
+    """Folder with shards/train (32 moving-shapes clips) and shards/test (8)."""
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.render(folder / "corpus", num_train=32, num_test=8, num_sequences=0, seed=0, workers=1)
+    for split in ("train", "test"):
+        items = shapes.read(folder / "corpus", split, ())
+        write_shards(items, folder / "shards" / split, arguments={"source": "shapes", "split": split})
+    return folder / "shards"
+
+
+def environment() -> dict[str, str]:
+    """As a user's shell, but one thread a process and no leftovers of an outer launcher."""
+    outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in outer}
+    return {**env, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+
+
+def start(arguments: list[str], processes: int = 1) -> subprocess.Popen:
+    """Start a script of ours, as one process or under torchrun."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.Popen(
+        [*launcher, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(arguments: list[str], processes: int = 1, expect: int = 0, timeout: float = 300) -> str:
+    """Run a script of ours to its end and return what it printed."""
+    process = start(arguments, processes)
+    printed, _ = process.communicate(timeout=timeout)
+    assert process.returncode == expect, printed[-4000:]
+    return printed
+
+
+def train_arguments(shards: Path, run_dir: Path, *overrides: str, recipe: str = "vit_llama.debug") -> list[str]:
+    """The command line of a tiny training run."""
+    settings = [f"data.shards={shards / 'train'}", f"run_dir={run_dir}", "data.workers=0", "log_every=1"]
+    if not recipe.startswith("video_mae"):
+        settings += [f"eval.shards={shards / 'test'}", "eval.workers=0"]
+    hardware = str(ROOT / "ds_configs" / "cpu.json")
+    return [str(ROOT / "launch" / "train.py"), "--deepspeed_config", hardware, "--recipe", recipe, *settings, *overrides]

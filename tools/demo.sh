@@ -15,24 +15,22 @@ if [[ " $available" != *" $system "* ]]; then
     exit 2
 fi
 
-# Corpus and shards: a pure function of these files, so they are made again when one of them changes.
-made_from=$(cat vlm/sources/shapes.py tools/render_shapes.py tools/make_shards.py vlm/data/shards.py | cksum)
+# Corpus and shards follow from these files alone, so they are made again when one of them changes. Both programs
+# continue what was interrupted.
+made_from=$(cat vlm/sources/shapes.py tools/make_shards.py vlm/data/shard*.py | cksum)
 if [ -f "$data/.made_from" ] && [ "$(cat "$data/.made_from")" != "$made_from" ]; then
     echo "make demo: the programs that made $data have changed; removing it and making it again"
     rm -rf "$data"
 fi
 mkdir -p "$data"
 echo "$made_from" >"$data/.made_from"
-if [ ! -f "$data/corpus/.complete" ]; then
-    echo "make demo: rendering the moving-shapes corpus into $data/corpus"
-    $python tools/render_shapes.py --out "$data/corpus"
-    touch "$data/corpus/.complete"
-fi
-for split in train test; do
-    if [ ! -f "$data/shards/$split/manifest.json" ]; then
+if [ ! -f "$data/shards/train/manifest.json" ] || [ ! -f "$data/shards/test/manifest.json" ]; then
+    echo "make demo: rendering the moving-shapes corpus and making shards of it in $data"
+    $python tools/render_shapes.py --out "$data/corpus" --sequences 80
+    for split in train test; do
         $python tools/make_shards.py shapes --root "$data/corpus" --split $split --out "$data/shards/$split"
-    fi
-done
+    done
+fi
 
 run=$runs/$system
 if [ -f "$run/report.html" ]; then

@@ -1,0 +1,81 @@
+"""`make demo` for real: the five files, what the model must have learned, and what a second call spares."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vlm.data.shards import ShardSet
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FILES = ("recipe.json", "metrics.jsonl", "metrics.json", "predictions.jsonl", "report.html")
+
+
+def make_demo(folder: Path) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")}
+    command = ["make", "demo", f"DATA={folder / 'data'}", f"RUNS={folder / 'runs'}"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = make_demo(tmp_path)
+    minutes = (time.monotonic() - started) / 60
+    run = tmp_path / "runs" / "vit_llama"
+    assert [name for name in FILES if not (run / name).is_file()] == []
+    assert done.stdout.rstrip().splitlines()[-1] == f"report: {run / 'report.html'}" or "report.html" in done.stdout
+
+    about = json.loads((run / "recipe.json").read_text())
+    assert about["world_size"] == 2
+    assert "world size 2" in done.stdout
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wanted = {"step", "loss", "lr", "grad_norm", "step_time", "data_wait", "samples_per_s", "batch_digest"}
+    assert all(wanted <= row.keys() for row in steps)
+    assert [row["step"] for row in steps] == list(range(1, about["config"]["steps"] + 1))
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    print(f"make demo: {minutes:.1f} minutes, {metrics}")
+    assert metrics["top1"] >= 0.85
+    assert metrics["chance"] <= 0.125
+    assert metrics["top1_one_frame"] <= 0.35
+    assert metrics["top1_shuffled_frames"] <= 0.65
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    test = ShardSet(tmp_path / "data" / "shards" / "test")
+    assert len(predictions) >= 100
+    assert sorted(row["key"] for row in predictions) == sorted(test.key(row) for row in range(len(test)))
+    train = ShardSet(tmp_path / "data" / "shards" / "train")
+    assert not {train.key(row) for row in range(len(train))} & {row["key"] for row in predictions}
+
+    assert_score_agrees(run)
+    assert_second_call_spares_the_preparation(tmp_path, run)
+
+
+def assert_score_agrees(run: Path) -> None:
+    before = (run / "metrics.json").read_text()
+    command = [sys.executable, "tools/score.py", str(run)]
+    scored = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert scored.returncode == 0, scored.stderr
+    (run / "metrics.json").unlink()
+    subprocess.run([*command, "--write"], cwd=REPOSITORY, capture_output=True, check=True)
+    assert json.loads((run / "metrics.json").read_text()) == json.loads(before)
+
+
+def assert_second_call_spares_the_preparation(folder: Path, run: Path) -> None:
+    """The second call: nothing installed, nothing rendered; the finished run is kept aside and training is the same."""
+    kept = [REPOSITORY / ".venv" / ".installed-from", folder / "data" / "shards" / "train" / "manifest.json"]
+    before = [path.stat().st_mtime_ns for path in kept]
+    first = (run / "predictions.jsonl").read_text()
+    again = make_demo(folder)
+    assert "keeping the finished run" in again.stdout
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert (run.parent / "vit_llama.previous" / "report.html").is_file()
+    assert (run / "predictions.jsonl").read_text() == first  # same machine, same seed: the same run

@@ -47,5 +47,6 @@ overrides=(run_dir="$run")
 if [ "$data" != data/demo ]; then
     overrides+=(data.shards="$data/shards/train" eval.shards="$data/shards/test")
 fi
-PATH=$PWD/.venv/bin:$PATH exec .venv/bin/deepspeed --num_gpus 2 launch/train.py \
+PATH=$PWD/.venv/bin:$PATH .venv/bin/deepspeed --num_gpus 2 launch/train.py \
     --deepspeed_config ds_configs/cpu.json --recipe "$system.demo" "${overrides[@]}"
+echo "make demo: done; the report is $run/report.html" # once more: the launcher has had the last word

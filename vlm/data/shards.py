@@ -128,6 +128,8 @@ def _locked(out: Path) -> Iterator[Path]:
         try:
             yield work
         except BaseException:
+            for left in work.glob("*.tmp-*"):
+                left.unlink(missing_ok=True)
             if not (work / "plan.json").exists():  # nothing was begun: leave nothing behind
                 _remove_work(out)
             raise

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 from vlm.types import Rejected, UserError
 
-VIDEO_SUFFIXES = frozenset(
-    (".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".asf", ".flv", ".3gp", ".ts", ".mts")
-    + (".m2ts", ".vob", ".ogv", ".gif")
-)
+VIDEO_SUFFIXES = frozenset((".webm", ".mp4", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".asf", ".flv",
+                            ".3gp", ".ts", ".mts", ".m2ts", ".vob", ".ogv", ".gif"))  # fmt: skip
 
 _SPACED = re.compile(r"(.+?)(?:\s*,\s|\s)\s*(-?\d+)")  # path, then blanks (or a comma and blanks), then the label
 _COMMA = re.compile(r"(.+?),(-?\d+)")

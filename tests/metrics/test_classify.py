@@ -53,7 +53,6 @@ def test_metrics() -> None:
         "top5": 0.75,
         "chance": pytest.approx(1 / 6),
         "top1_one_frame": 0.25,
-        "num_clips": 4,
     }
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def shape_shards(tmp_path_factory) -> Path:
     """Folder with shards/train (32 moving-shapes clips) and shards/test (8)."""
     folder = tmp_path_factory.mktemp("shapes")
-    shapes.render(folder / "corpus", num_train=32, num_test=8, num_sequences=0, seed=0, workers=1)
+    shapes.render(folder / "corpus", num_train=32, num_test=8, seed=0, workers=1)
     for split in ("train", "test"):
         items = shapes.read(folder / "corpus", split, ())
         write_shards(items, folder / "shards" / split, arguments={"source": "shapes", "split": split})
@@ -61,4 +61,12 @@ def train_arguments(shards: Path, run_dir: Path, *overrides: str, recipe: str = 
     if not recipe.startswith("video_mae"):
         settings += [f"eval.shards={shards / 'test'}", "eval.workers=0"]
     hardware = str(ROOT / "ds_configs" / "cpu.json")
-    return [str(ROOT / "launch" / "train.py"), "--deepspeed_config", hardware, "--recipe", recipe, *settings, *overrides]
+    return [
+        str(ROOT / "launch" / "train.py"),
+        "--deepspeed_config",
+        hardware,
+        "--recipe",
+        recipe,
+        *settings,
+        *overrides,
+    ]

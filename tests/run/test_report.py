@@ -74,7 +74,7 @@ def run(tmp_path: Path, shards: Path) -> Path:
     metrics = {"top1": 0.75, "top5": 1.0, "chance": 0.125, "top1_one_frame": 0.125, "top1_shuffled_frames": 0.0}
     (folder / "recipe.json").write_text(json.dumps(about))
     (folder / "metrics.jsonl").write_text(lines(steps))
-    (folder / "metrics.json").write_text(json.dumps({**metrics, "num_clips": 16.0}))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "predictions.jsonl").write_text(lines(prediction_rows(shards)))
     (folder / "quarantine.jsonl").write_text(
         lines([{"key": "<broken>", "shard": "s.tar", "reason": "moov & more", "replaced_by": "b", "position": 9}])

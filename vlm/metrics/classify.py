@@ -51,7 +51,7 @@ def classification_metrics(predictions: Sequence[Prediction]) -> dict[str, float
     """What a list of predictions is worth, as fractions 0 … 1.
 
     Returns: `top1`, `top5` (the truth is among the five highest scores, or among all where K < 5), `chance` (1 / K),
-    `top1_<probe>` for each probe, and `num_clips`.
+    and `top1_<probe>` for each probe.
     Raises:
         UserError: no predictions; a score is NaN; rows that do not agree on K or on the probes; a truth outside of
             0 … K - 1; a `prediction` that is not the highest score.
@@ -73,7 +73,6 @@ def classification_metrics(predictions: Sequence[Prediction]) -> dict[str, float
     }
     for probe, probed in _probe_scores(predictions, scores.shape[1]).items():
         metrics[f"top1_{probe}"] = float((_rank_of_truth(probed, truth) < 1).mean())
-    metrics["num_clips"] = float(len(predictions))
     return metrics
 
 

@@ -146,13 +146,13 @@ def _score_group(
     for number, (key, label, _, _) in enumerate(items):
         if label is None:
             raise UserError(f"{recipe.eval.shards}: {key} has no label, so it cannot be scored; use a labelled split")  # type: ignore[union-attr]
-        own = scores[""][number]
+        own = _listed(scores[""][number])
         rows.append(
             Prediction(
                 key=key,
                 truth=label,
-                prediction=int(own.argmax()),
-                scores=_listed(own),
+                prediction=int(np.argmax(own)),  # of the rounded scores, so that the row agrees with itself
+                scores=own,
                 probes={probe: _listed(scores[probe][number]) for probe in probes},
             )
         )

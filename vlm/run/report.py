@@ -30,7 +30,6 @@ MEANS = {
     "chance": "what guessing would give: one over the number of classes",
     "top1_one_frame": "the same model on one frame of each clip, repeated: what can be guessed without motion",
     "top1_shuffled_frames": "the same model on the frames in random order: what can be guessed without direction",
-    "num_clips": "test clips scored",
 }
 DEMO_LIMITS = {
     "top1": (0.85, "at least"),

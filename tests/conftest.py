@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from vlm.data.shards import write_shards
+from vlm.sources import shapes
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 NO_REALDATA = "VLM_REALDATA not found"
@@ -46,6 +49,17 @@ def golden():  # type: ignore[no-untyped-def]
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def shape_shards(tmp_path_factory) -> Path:
+    """Folder with shards/train (32 moving-shapes clips) and shards/test (8)."""
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.render(folder / "corpus", num_train=32, num_test=8, seed=0, workers=1)
+    for split in ("train", "test"):
+        items = shapes.read(folder / "corpus", split, ())
+        write_shards(items, folder / "shards" / split, arguments={"source": "shapes", "split": split})
+    return folder / "shards"
 
 
 def is_allowed(reason: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import zero_worker
-from conftest import ROOT, run
+from launching import ROOT, run
 
 from vlm.config import override
 from vlm.recipe import load

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run, start, train_arguments
+from launching import run, start, train_arguments
 from safetensors.torch import load_file
 
 FIELDS = {

@@ -1,27 +1,11 @@
-"""A tiny sharded corpus, and a way to start the real command lines in real processes."""
+"""A way to start the real command lines in real processes."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from vlm.data.shards import write_shards
-from vlm.sources import shapes
-
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def shape_shards(tmp_path_factory) -> Path:
-    """Folder with shards/train (32 moving-shapes clips) and shards/test (8)."""
-    folder = tmp_path_factory.mktemp("shapes")
-    shapes.render(folder / "corpus", num_train=32, num_test=8, seed=0, workers=1)
-    for split in ("train", "test"):
-        items = shapes.read(folder / "corpus", split, ())
-        write_shards(items, folder / "shards" / split, arguments={"source": "shapes", "split": split})
-    return folder / "shards"
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,136 @@
+"""A checkpoint is whole or it is not there; any stage and any number of processes reads any."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlm.config import override
+from vlm.data.loader import MicroBatch
+from vlm.distributed import join
+from vlm.recipe import load
+from vlm.run import checkpoint
+from vlm.run.checkpoint import Progress
+from vlm.run.engine import Engine, derive
+from vlm.types import Batch, UserError
+
+
+@pytest.fixture(scope="module")
+def world():
+    return join()
+
+
+def make_engine(world, stage=0, seed=0):
+    recipe = override(load("vit_llama.debug"), ["steps=3", "global_batch_size=2"])
+    torch.manual_seed(seed)
+    model = recipe.model.build()
+    hardware = {"train_micro_batch_size_per_gpu": 2, **({"zero_optimization": {"stage": stage}} if stage else {})}
+    return model, recipe, derive(hardware, recipe, world.size)
+
+
+def step(engine, number):
+    generator = torch.Generator().manual_seed(number)
+    video = torch.randn(2, *engine.model.input_shape, generator=generator)
+    batch = Batch(keys=("a", "b"), video=video, label=torch.tensor([1, 2]))
+    return engine.step([MicroBatch(batch, 1)], lr=1e-3).loss
+
+
+def save(engine, root, number, keep=2, is_best=False):
+    return checkpoint.save(root, engine, Progress(step=number), {"recipe": {}}, keep=keep, is_best=is_best)
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(0, 2), (2, 0), (1, 3), (3, 1)])
+def test_any_zero_stage_continues_any_other(world, tmp_path, writer, reader):
+    first = Engine(*make_engine(world, writer), world)
+    step(first, 0)
+    step(first, 1)
+    folder = save(first, tmp_path, 2)
+    expected = [step(first, 2), step(first, 3)]
+
+    model, recipe, config = make_engine(world, reader, seed=9)
+    state = checkpoint.load_weights(folder, model)
+    second = Engine(model, recipe, config, world)
+    checkpoint.load_optimizer(folder, second, state)
+    assert [step(second, 2), step(second, 3)] == pytest.approx(expected, rel=1e-6)
+
+
+def test_layout_manifest_and_no_frozen_weights(world, tmp_path):
+    engine = Engine(*make_engine(world), world)
+    folder = save(engine, tmp_path, 1)
+    manifest = checkpoint.verify(folder)
+    names = {name for name, p in engine.model.named_parameters() if p.requires_grad}
+    assert set(manifest["tensors"]) == names
+    assert not any(name.startswith("llama.") for name in names)
+    assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert manifest["frozen_hash"] == engine.model.frozen_hash()
+    assert (tmp_path / "latest").read_text().strip() == folder.name == "step-00000001"
+
+
+def test_pruning_keeps_the_newest_and_the_best(world, tmp_path):
+    engine = Engine(*make_engine(world), world)
+    (tmp_path / ".step-00000009.tmp").mkdir()
+    for number in range(1, 6):
+        save(engine, tmp_path, number, keep=2, is_best=number == 2)
+    assert checkpoint.steps(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
+    assert (tmp_path / "best").read_text().strip() == "step-00000002"
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(world, tmp_path, monkeypatch):
+    engine = Engine(*make_engine(world), world)
+    save(engine, tmp_path, 1)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(engine, tmp_path, 2)
+    monkeypatch.undo()
+    assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
+    assert (tmp_path / "latest").read_text().strip() == "step-00000001"
+    save(engine, tmp_path, 3)
+    assert not list(tmp_path.glob(".step-*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_damage_is_found_by_name(world, tmp_path, damage):
+    folder = save(Engine(*make_engine(world), world), tmp_path, 1)
+    target = folder / ("manifest.json" if damage == "manifest" else "model.safetensors")
+    content = target.read_bytes()
+    if damage == "flip":
+        target.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "remove":
+        target.unlink()
+    else:
+        target.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError) as caught:
+        checkpoint.verify(folder)
+    assert "manifest.json" in str(caught.value) or target.name in str(caught.value)
+    with pytest.raises(UserError, match="no checkpoint of this run is intact"):
+        checkpoint.newest(tmp_path)
+
+
+def test_other_frozen_weights_are_refused(world, tmp_path):
+    folder = save(Engine(*make_engine(world), world), tmp_path, 1)
+    recipe = override(load("vit_llama.debug"), ["model.llama.random_seed=5"])
+    with pytest.raises(UserError, match="other frozen weights"):
+        checkpoint.load_weights(folder, recipe.model.build())
+
+
+def test_another_shape_is_refused_by_name(world, tmp_path):
+    folder = save(Engine(*make_engine(world), world), tmp_path, 1)
+    recipe = override(load("vit_llama.debug"), ["model.num_classes=9", "clips.num_classes=9"])
+    with pytest.raises(UserError, match=r"head\.weight"):
+        checkpoint.load_weights(folder, recipe.model.build())
+
+
+def test_resolve_takes_a_checkpoint_a_run_or_says_what_is_missing(world, tmp_path):
+    folder = save(Engine(*make_engine(world), world), tmp_path / "checkpoints", 1)
+    for path in (folder, tmp_path, tmp_path / "checkpoints"):
+        assert checkpoint.resolve(path) == folder
+    with pytest.raises(UserError, match="neither a checkpoint"):
+        checkpoint.resolve(Path("nowhere"))
+    assert json.loads((folder / "state.json").read_text())["adam_steps"] == 0

@@ -1,0 +1,86 @@
+"""Every shipped recipe loads, builds, prints and agrees with what was published."""
+
+import json
+
+import pytest
+import torch
+
+from vlm.config import describe, to_dict
+from vlm.recipe import load, names
+from vlm.run.train import schedule_of, steps_of
+from vlm.types import UserError
+
+SSV2_TRAIN = 168_913
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_builds_and_documents_itself(name):
+    recipe = load(name)
+    json.dumps(to_dict(recipe))
+    undocumented = [path for path, _, _, text in describe(recipe) if not text]
+    assert undocumented == []
+    overrides = ["model.init_from=none"] if hasattr(recipe.model, "init_from") else []
+    with torch.device("meta"):
+        model = load(name, overrides).model.build()
+    assert set(recipe.views) == {"pixels"} if name.startswith("video_mae") else {"label"}
+    assert model.input_shape[1] == recipe.clips.num_frames
+    assert model.input_shape[2:] == (recipe.clips.size, recipe.clips.size)
+    if hasattr(recipe.model, "num_classes"):
+        assert recipe.model.num_classes == recipe.clips.num_classes
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "batch", "epochs", "layer_decay", "trained"),
+    [
+        ("vit_llama.ssv2_s", 9.375e-5, 24, 40, 0.7, 21_946_926),
+        ("vit_llama.ssv2_s_llama", 9.375e-5, 24, 40, 0.7, 25_092_654),
+        ("vit_llama.ssv2_b", 2.34375e-5, 12, 30, 0.75, 86_361_006),
+        ("vit_llama.ssv2_b_llama", 2.34375e-5, 12, 30, 0.75, 92_652_462),
+    ],
+)
+def test_published_fine_tuning_numbers(name, lr, batch, epochs, layer_decay, trained):
+    recipe = load(name, ["model.init_from=none"])
+    assert recipe.optim.lr == pytest.approx(lr)
+    assert (recipe.global_batch_size, recipe.epochs, recipe.optim.layer_decay) == (batch, epochs, layer_decay)
+    with torch.device("meta"):
+        model = recipe.model.build()
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+    assert (recipe.clips.repeats, recipe.clips.test_clips, recipe.clips.test_crops) == (2, 2, 3)
+    assert not recipe.clips.flip
+    total = steps_of(recipe, SSV2_TRAIN)
+    assert total == epochs * (SSV2_TRAIN // batch)
+    schedule = schedule_of(recipe, SSV2_TRAIN, total)
+    warmup = 5 * (SSV2_TRAIN // batch)
+    assert schedule(0) == 0
+    assert schedule(warmup - 1) == schedule(warmup) == pytest.approx(lr)
+    assert schedule(total - 1) == pytest.approx(1e-6 * batch / 256, rel=1e-3)
+
+
+def test_pretraining_numbers():
+    recipe = load("video_mae.ssv2_s")
+    assert recipe.optim.lr == pytest.approx(1.2e-3)
+    assert recipe.optim.betas == (0.9, 0.95)
+    assert (recipe.clips.stride, recipe.clips.mask_ratio, recipe.epochs) == (2, 0.9, 2400)
+
+
+def test_steps_decide_over_epochs_only_where_they_are_given():
+    assert steps_of(load("vit_llama.ssv2_s", ["steps=7"]), SSV2_TRAIN) == 7
+    with pytest.raises(UserError, match="steps=none"):
+        load("vit_llama.demo", ["epochs=3"])
+    assert load("vit_llama.demo", ["epochs=3", "steps=none"]).epochs == 3
+    with pytest.raises(UserError, match="global batch"):
+        steps_of(load("vit_llama.ssv2_s"), 5)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match=r"vit_llama\.ssv2_s_llama"):
+        load("vit_llama.ssv2_s_lama")
+    with pytest.raises(UserError, match="demo"):
+        load("demo")
+
+
+def test_a_missing_starting_point_is_an_error_not_a_random_start():
+    with pytest.raises(UserError, match="ssv2_vit_s_2400"):
+        load("vit_llama.ssv2_s").model.build()
+    with pytest.raises(UserError, match="pretrained/llama/7B"):
+        load("vit_llama.ssv2_s_llama", ["model.init_from=none"]).model.build()

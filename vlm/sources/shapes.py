@@ -41,11 +41,11 @@ MARGIN = 2  # pixels kept free between shape and border
 ACTIONS = (3, 6)  # actions in a sequence
 
 COLOURS = {
-    "red": (222, 40, 40),
-    "green": (40, 180, 60),
-    "blue": (45, 80, 225),
-    "yellow": (235, 215, 45),
-    "purple": (165, 55, 200),
+    "red": (255, 70, 60),
+    "green": (70, 225, 90),
+    "blue": (70, 130, 255),
+    "yellow": (250, 225, 50),
+    "purple": (205, 90, 245),
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle")
@@ -276,9 +276,9 @@ def _question(question: str, answer: str, wrong: list[str], turn: int, kind: str
 
 
 def _background(seed: int) -> np.ndarray:
-    """(H, W, 3) float32: soft muted patches and grain, the same in all frames of a clip."""
+    """(H, W, 3) float32: soft dark patches and grain, the same in all frames of a clip."""
     rng = np.random.default_rng(seed)
-    coarse = rng.uniform(70, 150) + rng.normal(0, 16, (5, 6, 1)) + rng.normal(0, 7, (5, 6, 3))
+    coarse = rng.uniform(30, 70) + rng.normal(0, 12, (5, 6, 1)) + rng.normal(0, 6, (5, 6, 3))
     y, x = np.linspace(0, 3.999, HEIGHT), np.linspace(0, 4.999, WIDTH)
     top, left = y.astype(int), x.astype(int)
     down, right = (y - top)[:, None, None], (x - left)[None, :, None]

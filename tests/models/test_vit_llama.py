@@ -71,6 +71,14 @@ def test_wrong_llama_settings_are_refused() -> None:
         LlamaLayerConfig(final_norm="llama")
 
 
+def test_published_settings_are_the_defaults() -> None:
+    config, llama = vit_small(), LlamaLayerConfig()
+    assert (config.norm_eps, llama.norm_eps) == (1e-6, 1e-6)
+    assert (config.drop_path, config.init_scale, config.label_smoothing, config.pooling) == (0.1, 0.001, 0.1, "mean")
+    assert (config.num_frames, config.image_size, config.patch_size, config.tubelet_size) == (16, 224, 16, 2)
+    assert (llama.dim, llama.heads, llama.layer, llama.num_layers, llama.final_norm) == (4096, 32, 15, 1, "ones")
+
+
 def test_config_can_be_overridden_and_stored() -> None:
     config = override(vit_small(llama=LlamaLayerConfig()), ["llama.layer=31", "llama.path=/weights/7B", "pooling=cls"])
     assert (config.llama.layer, config.llama.path, config.pooling) == (31, Path("/weights/7B"), "cls")

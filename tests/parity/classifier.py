@@ -119,6 +119,16 @@ class ClassifierParity:
         assert ours == {our_name(name): tuple(t.shape) for name, t in golden_values["state_dict"].items()}
         assert {n for n, p in model.named_parameters() if p.requires_grad} == set(golden_values["trainable"])
 
+    def test_epsilons(self, golden_values: Any, model: ViTLlama) -> None:
+        """An epsilon ten times too large moves the logits less than the tolerance, so it is read off the modules."""
+        norms = [module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+        assert len(norms) == 2 * len(model.blocks) + 1
+        assert set(norms) == {golden_values["config"]["norm_eps"]}
+        if model.llama is not None:
+            norms = [module.variance_epsilon for module in model.modules() if hasattr(module, "variance_epsilon")]
+            assert len(norms) == 2 * len(model.llama.layers) + 1
+            assert set(norms) == {golden_values["config"]["llama"]["norm_eps"]}
+
     def test_forward_and_activations(self, golden_values: Any, model: ViTLlama, batch: Batch) -> None:
         # seen: logits 3.6e-7, activations 2.9e-6
         seen: dict[str, Tensor] = {}

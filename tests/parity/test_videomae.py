@@ -69,6 +69,11 @@ class TestPretraining:
             table = sinusoid_table(*values[name].shape[1:], torch.device("cpu"))
             assert torch.equal(table, values[name]), name
 
+    def test_epsilons(self, values: Any, model: VideoMAE) -> None:
+        norms = [module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+        assert len(norms) == 2 * (len(model.encoder.blocks) + len(model.decoder.blocks)) + 2
+        assert set(norms) == {values["config"]["norm_eps"]}
+
     def test_output_and_activations(self, values: Any, model: VideoMAE, batch: Batch) -> None:
         # seen: 1.4e-6
         seen: dict[str, Tensor] = {}

@@ -42,8 +42,9 @@ def join(timeout_minutes: float = 30.0) -> World:
         UserError: the environment names a process group only in part, or fewer GPUs than processes on this host.
     """
     starter = _find_starter()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not on_cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     import deepspeed.ops
 
@@ -51,7 +52,7 @@ def join(timeout_minutes: float = 30.0) -> World:
     # and for ever if an earlier compilation was killed).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
+    if on_cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"this host has {torch.cuda.device_count()} GPU(s) but process {local_rank} of it was started: start "

@@ -1,0 +1,97 @@
+"""Whoever starts the processes, they find each other."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from vlm import distributed
+from vlm.distributed import share
+from vlm.types import UserError
+
+SCRIPT = """
+from vlm.distributed import gather_objects, join, leave, share_object, sum_over_ranks
+world = join()
+total = sum_over_ranks([world.rank + 1.0, 10.0], world.device)
+names = gather_objects(f"rank {world.rank}")
+word = share_object("told" if world.is_main else None)
+if world.is_main:
+    print("RESULT", world.size, world.starter, total, names, word, flush=True)
+leave()
+"""
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    for name in (
+        *distributed._VARIABLES,
+        "SLURM_STEP_ID",
+        "SLURM_NTASKS",
+        "OMPI_COMM_WORLD_SIZE",
+        "PMI_SIZE",
+        "PMIX_RANK",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def result_of(command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(line for line in done.stdout.splitlines() if "RESULT" in line).split("RESULT ")[1]
+
+
+def test_a_plain_process_is_a_world_of_one(clean, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    assert result_of([sys.executable, str(script)]) == "1 single [1.0, 10.0] ['rank 0'] told"
+
+
+def test_torchrun(clean, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    assert result_of(command) == "2 torchrun [3.0, 20.0] ['rank 0', 'rank 1'] told"
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun (Debian: openmpi-bin libopenmpi3)")
+def test_mpirun(clean, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    clean.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    clean.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    command = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, str(script)]
+    assert result_of(command) == "2 mpi [3.0, 20.0] ['rank 0', 'rank 1'] told"
+
+
+def test_srun_is_mapped_and_needs_an_address(clean):
+    for name, value in (("STEP_ID", "0"), ("NTASKS", "4"), ("PROCID", "3"), ("LOCALID", "1")):
+        clean.setenv(f"SLURM_{name}", value)
+    for name in distributed._VARIABLES:  # so that what the function sets is undone
+        clean.setenv(name, "x")
+        clean.delenv(name)
+    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT"):
+        distributed._find_starter()
+    clean.setenv("MASTER_ADDR", "host")
+    clean.setenv("MASTER_PORT", "1234")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        clean.delenv(name)
+    assert distributed._find_starter() == "slurm"
+    assert [distributed.os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
+
+
+def test_a_half_set_environment_is_refused(clean):
+    clean.setenv("RANK", "0")
+    with pytest.raises(UserError, match="only RANK"):
+        distributed._find_starter()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 4096])
+@pytest.mark.parametrize("count", [0, 1, 5, 4096, 10_000])
+def test_shares_cover_everything_once(count, world):
+    parts = [share(count, world, rank) for rank in range(world)]
+    assert parts[0][0] == 0
+    assert parts[-1][1] == count
+    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:]))
+    assert max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm.models.system import System, num_frozen, num_trained
+from vlm.models.system import System
 from vlm.types import Batch, Losses, LossTerm, UserError
 
 
@@ -43,7 +43,6 @@ BATCH = Batch(keys=("a", "b"), video=torch.ones(2, 2))
 def test_freeze_follows_the_predicate() -> None:
     toy = Toy()
     assert {name for name, p in toy.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
-    assert (num_frozen(toy), num_trained(toy)) == (9, 16)
 
 
 def test_frozen_hash_is_that_of_the_source() -> None:

@@ -102,16 +102,6 @@ class System(nn.Module):
         return tensor.ndim <= 1 or name.endswith(".bias")
 
 
-def num_frozen(system: System) -> int:
-    """Number of frozen values in a system."""
-    return sum(p.numel() for p in system.parameters() if not p.requires_grad)
-
-
-def num_trained(system: System) -> int:
-    """Number of trained values in a system."""
-    return sum(p.numel() for p in system.parameters() if p.requires_grad)
-
-
 def as_clips(batch: Batch) -> Tensor:
     """The clips of a batch that must have some, (B, C, T, H, W)."""
     assert batch.video is not None, "a batch without video reached a system that sees only video"

@@ -26,7 +26,7 @@ mkdir -p "$data"
 echo "$made_from" >"$data/.made_from"
 if [ ! -f "$data/shards/train/manifest.json" ] || [ ! -f "$data/shards/test/manifest.json" ]; then
     echo "make demo: rendering the moving-shapes corpus and making shards of it in $data"
-    $python tools/render_shapes.py --out "$data/corpus" --sequences 80
+    $python tools/render_shapes.py --out "$data/corpus" --train 3200 --test 192 --sequences 80
     for split in train test; do
         $python tools/make_shards.py shapes --root "$data/corpus" --split $split --out "$data/shards/$split"
     done

@@ -10,6 +10,7 @@ the released video code's, `model.llama.layer=31` is the paper's. Differences on
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Mapping
@@ -130,6 +131,8 @@ class ViTLlamaConfig:
     """Biases on q and v (k has none in any case)."""
     init_values: float = 0.0
     """Start of a learned scale of each residual branch; 0: no such scale."""
+    init_std: float = 0.02
+    """Deviation of the linear layers' initial weights; a narrow ViT without pretraining wants more (about dim ** -0.5)."""
     init_scale: float = 0.001
     """Factor on the head's initial weight and bias."""
     norm_eps: float = 1e-6
@@ -236,7 +239,7 @@ class ViTLlama(System):
         self.freeze()
 
     def _initialize(self) -> None:
-        self.apply(init_truncated_normal)
+        self.apply(functools.partial(init_truncated_normal, std=self.config.init_std))
         with torch.no_grad():
             self.head.weight.mul_(self.config.init_scale)
             self.head.bias.mul_(self.config.init_scale)

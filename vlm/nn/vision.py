@@ -169,14 +169,14 @@ def block_flops(num_tokens: int, dim: int, mlp_ratio: float) -> float:
     return 2.0 * num_tokens * dim * dim * (4 + 2 * mlp_ratio) + 4.0 * num_tokens**2 * dim
 
 
-def init_truncated_normal(module: nn.Module) -> None:
+def init_truncated_normal(module: nn.Module, std: float = 0.02) -> None:
     """VideoMAE's fine-tuning initialisation of one module, for `Module.apply`.
 
-    Linear weights normal(0, 0.02) cut at ±2 (absolute, so hardly cut at all), biases 0; LayerNorm is 1 and 0 as built;
+    Linear weights normal(0, std) cut at ±2 (absolute, so hardly cut at all), biases 0; LayerNorm is 1 and 0 as built;
     convolutions keep torch's own.
     """
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02, a=-2.0, b=2.0)
+        nn.init.trunc_normal_(module.weight, std=std, a=-2.0, b=2.0)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

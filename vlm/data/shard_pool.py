@@ -81,6 +81,8 @@ def _after_loss(job: _Job, at: int | None, loss: str) -> _Job:
     """The job to begin again after its process was lost at an item."""
     if at is None:
         raise RuntimeError(f"a worker process was lost before it began an item of {shard_name(job.number)}: {loss}")
+    if at in job.skip:
+        raise RuntimeError(f"worker processes are lost at item {at}, which they only had to pass over: {loss}")
     job.losses[at] += 1
     if job.losses[at] >= LOSSES:
         job.skip[at] = f"decoding {loss}, {LOSSES} times"

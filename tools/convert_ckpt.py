@@ -58,7 +58,7 @@ def read_vlm(path: Path, key: str | None) -> Model:
         )
     kind = kind_of(tensors)
     tensors = to_ours(tensors, "ours", kind)
-    dropped = [name for name in manifest["files"] if name not in WEIGHT_FILES]
+    dropped = [name for name in sorted(manifest["files"]) if name not in WEIGHT_FILES]
     return Model(
         kind=kind,
         tensors=tensors,

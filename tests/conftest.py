@@ -9,6 +9,7 @@ Under VLM_CI=1 a skip is a failure of the session unless its reason is on `ALLOW
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from vlm.data.shards import write_shards
 from vlm.sources import shapes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # tests import tools/ as a package, however pytest was started
 
 NO_REALDATA = "VLM_REALDATA not found"
 NO_GOLDEN = "golden file not in tests/goldens"

@@ -1,9 +1,9 @@
-"""Make WebDataset shards, with an index, from a published dataset.
+r"""Make WebDataset shards, with an index, from a published dataset.
 
     python tools/make_shards.py ssv2 --root data/ssv2/videos --split train --out data/ssv2/shards/train \
         --annotations data/ssv2/train.json data/ssv2/labels.json
 
-Every clip is decoded once: what does not decode goes into manifest.json with its reason, and the index says how many
+Every clip is decoded: what does not decode goes into manifest.json with its reason, and the index says how many
 frames a clip really has and which decoders return the right ones. Killed at any moment, the same command continues.
 """
 

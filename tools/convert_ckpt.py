@@ -282,14 +282,25 @@ def put(options: argparse.Namespace, target: Format, model: Model, recipe: Syste
             raise RuntimeError(
                 f"{path}: what was read back differs from what was written; the disk or memory is at fault"
             )
-        if path.exists():
-            path.rename(aside / "replaced")
-        written.rename(path)
+        stand_in(written, path, aside / "replaced")
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
     finally:
         shutil.rmtree(aside)
+
+
+def stand_in(written: Path, path: Path, replaced: Path) -> None:
+    """`written` takes the name `path`; folders cannot be swapped in one step, so the old one returns if that fails."""
+    if not path.exists() or (path.is_file() and written.is_file()):
+        written.replace(path)
+        return
+    path.rename(replaced)
+    try:
+        written.rename(path)
+    except OSError:
+        replaced.rename(path)
+        raise
 
 
 def keyed(options: argparse.Namespace, model: Model) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -237,7 +238,7 @@ def test_golden_in_transformers(golden: Callable[[str], Path], tmp_path: Path, k
 
 
 def test_golden_vit_llama_in_ours(golden: Callable[[str], Path], tmp_path: Path) -> None:
-    """The original's recorded logits from its weights, converted (frozen layers among them) and loaded into our model."""
+    """The original's recorded logits from its weights, frozen ones too, converted and loaded into our model."""
     recorded = torch.load(golden("vitllama_tiny.pt"), weights_only=True)
     config, block = recorded["config"], recorded["config"]["llama"]
     torch.save({"model": recorded["state_dict"], "epoch": 1}, tmp_path / "x.pth")
@@ -529,6 +530,31 @@ def test_a_failed_write_changes_nothing(
         )
     assert (tmp_path / "y" / "model.safetensors").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pth", "y"]
+
+
+@pytest.mark.parametrize("to", ["hf", "videomae"])
+def test_force_keeps_the_old_target_until_the_new_one_stands(
+    tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last rename fails: the old file or folder is back in its place."""
+    write_original(tmp_path / "x.pth", FINETUNE)
+    target = tmp_path / ("y.pth" if to == "videomae" else "y")
+    arguments = [str(tmp_path / "x.pth"), str(target), *recipe_flags(FINETUNE), "--from", "videomae", "--to", to]
+    run(*arguments)
+    inside = target if target.is_file() else target / "model.safetensors"
+    before = inside.read_bytes()
+
+    def full(self: Path, other: Path, rename: Callable[[Path, Path], Path] = Path.rename) -> Path:
+        if self.name == target.name and other == target and "replaced" not in str(self):
+            raise OSError("no space left on device")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", full)
+    monkeypatch.setattr(Path, "replace", lambda self, other: full(self, other, os.replace))
+    with pytest.raises(OSError, match="no space left"):
+        convert_ckpt.main([*arguments, "--force"])
+    assert inside.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.pth", target.name]
 
 
 def test_hugging_face_folder_that_contradicts_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

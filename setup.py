@@ -1,4 +1,4 @@
-"""Packaging of `vlm`. Install: `pip install -e '.[dev]'`; exact tested versions: `requirements/pins.txt` (make env uses them).
+"""Packaging of `vlm`: `pip install -e '.[dev]'`. The tested versions: requirements/pins.txt (make env uses them).
 
 The upper bound on torch matters: without it pip takes a newer torch with other CUDA packages than those tested.
 """
@@ -18,7 +18,7 @@ setup(
         "accelerate>=1.1",
         "safetensors>=0.5",
         "webdataset>=1.0,<2",
-        "av>=15",
+        "av>=17",
         "decord>=0.6; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "einops>=0.8",
         "numpy>=2.0",

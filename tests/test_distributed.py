@@ -1,5 +1,6 @@
 """Whoever starts the processes, they find each other."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -93,5 +94,5 @@ def test_shares_cover_everything_once(count, world):
     parts = [share(count, world, rank) for rank in range(world)]
     assert parts[0][0] == 0
     assert parts[-1][1] == count
-    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:]))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
     assert max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1

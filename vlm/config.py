@@ -63,7 +63,7 @@ def _assign(node: Any, parts: list[str], text: str, path: str) -> Any:
             raise UserError(f"{path}: is a group of settings; set one of its fields, for example {inner}")
         value = parse(text, _hints(type(node))[name], path)
     try:
-        return dataclasses.replace(node, **{name: value})
+        return dataclasses.replace(node, **{name: value})  # type: ignore[type-var]
     except UserError:
         raise
     except ValueError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, device, dtype
+from torch import Tensor, device
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,14 +79,13 @@ class Batch:
     mask: Tensor | None = None  # (B, N) bool, True = hidden (masked pretraining)
     incidents: tuple[Incident, ...] = ()
 
-    def to(self, where: device | str, float_dtype: dtype | None = None) -> Batch:
-        """The same batch on a device; floating tensors are also cast when `float_dtype` is given."""
-        moved = {}
+    def to(self, where: device | str) -> Batch:
+        """The same batch on a device. Precision is not touched: a model casts what it multiplies, targets stay fp32."""
+        moved: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
-                cast = float_dtype if float_dtype is not None and value.is_floating_point() else None
-                moved[f.name] = value.to(where, dtype=cast, non_blocking=True)
+                moved[f.name] = value.to(where, non_blocking=True)
         return replace(self, **moved)
 
 
@@ -94,7 +93,7 @@ class LossTerm(NamedTuple):
     """One named loss of one micro-batch, not yet averaged: the engine divides by the count of the *global* batch."""
 
     total: Tensor  # scalar: sum over elements, with a graph
-    count: int  # elements summed (clips, tokens, pixels)
+    count: int  # type: ignore[assignment]  # elements summed (clips, tokens, pixels); tuple has a method of this name
 
 
 Losses = dict[str, LossTerm]  # loss name (= view name = weight key = log key) -> term

@@ -194,7 +194,7 @@ def worker_arguments(workers: int) -> dict[str, Any]:
     }
 
 
-class EvalDataset(Dataset[tuple[Record | None, Any, str]]):
+class EvalDataset(Dataset[tuple[str, int | None, dict[str, list[Example]], str]]):
     """Loads all views of one test record from one decode. An unusable record is reported, never replaced."""
 
     def __init__(self, shards: ShardSet, pipeline: Any, probes: Sequence[str], seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Randomness is passed, never global: every random choice of the data plane draws from a `SampleRng` made from integers."""
+"""Randomness is passed, never global: every random choice on data draws from a `SampleRng` made from integers."""
 
 from __future__ import annotations
 

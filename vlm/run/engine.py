@@ -22,6 +22,7 @@ from vlm.data.loader import MicroBatch, micro_steps
 from vlm.distributed import World, sum_over_ranks
 from vlm.models.system import System
 from vlm.recipe import OptimConfig, Recipe
+from vlm.run import zero_state
 from vlm.run.optim import parameter_groups
 from vlm.types import UserError
 
@@ -152,7 +153,7 @@ class Engine:
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=dict(config), dist_init_required=False
             )
-        self.float_dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+        zero_state.forget_warm_up(self)
 
     def step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step over the global batch.
@@ -169,7 +170,7 @@ class Engine:
         sums = dict.fromkeys(totals, 0.0)
         self.deepspeed.train()
         for item in micro_batches:
-            batch = item.batch.to(self.world.device, self.float_dtype)
+            batch = item.batch.to(self.world.device)
             terms = self.deepspeed(batch)
             objective = torch.zeros((), device=self.world.device)
             for name, term in terms.items():

@@ -28,7 +28,7 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
 
     Args:
         recipe: with `eval` set.
-        engine: vlm.run.engine.Engine, or anything with `model`, `deepspeed` and `float_dtype`.
+        engine: vlm.run.engine.Engine, or anything with `model` and `deepspeed`.
         world: this process among all.
         folder: where the files go.
         say: prints on rank 0.
@@ -167,7 +167,7 @@ def _forward(recipe: Recipe, engine: Any, world: World, views: list[Example]) ->
     else:
         video = torch.zeros(1, *engine.model.input_shape)
     batch = Batch(keys=tuple(example.key for example in views) or ("",), video=video)
-    logits = engine.model.predict(batch.to(world.device, engine.float_dtype)).float().cpu()
+    logits = engine.model.predict(batch.to(world.device)).float().cpu()
     return logits[: len(views)]
 
 

@@ -22,9 +22,8 @@ from vlm.types import UserError
 class Replica:
     """A whole model on each process: what evaluation needs of an engine."""
 
-    def __init__(self, model: System, world: World, float_dtype: torch.dtype) -> None:
-        self.model = self.deepspeed = model.to(world.device, float_dtype)
-        self.float_dtype = float_dtype
+    def __init__(self, model: System, world: World, dtype: torch.dtype) -> None:
+        self.model = self.deepspeed = model.to(world.device, dtype)
 
 
 def evaluate_checkpoint(

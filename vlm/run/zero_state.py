@@ -58,6 +58,21 @@ def prime(engine: Any) -> None:
         link()
 
 
+def forget_warm_up(engine: Any) -> None:
+    """Undo the step that DeepSpeed's stage-0 bf16 wrapper makes at construction to create Adam's state.
+
+    It steps with zero gradients at the full learning rate, which decays the master weights and puts Adam's bias
+    correction one step ahead of every other stage.
+    """
+    wrapper = engine.optimizer
+    if not hasattr(wrapper, "fp32_groups"):
+        return
+    for low, high in zip(wrapper.fp16_groups, wrapper.fp32_groups):
+        for parameter, master in zip(low, high):
+            master.data.copy_(parameter.data)
+    wrapper.optimizer.state.clear()
+
+
 def _trainable(engine: Any) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in engine.model.named_parameters() if p.requires_grad]
 
@@ -93,7 +108,7 @@ def _read_one(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
     if hasattr(parameter, "ds_id"):
         value = engine.optimizer.get_full_hp_param(parameter, key)
     elif hasattr(parameter, "_hp_mapping"):
-        value = parameter.get_full_hp_param(key)  # type: ignore[operator]
+        value = parameter.get_full_hp_param(key)  # type: ignore[attr-defined]
     else:
         master = _master_of(engine, parameter)
         value = master if key is None else _inner(engine).state[master][key]
@@ -109,7 +124,7 @@ def _write_one(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -
         mine = value.flatten()[rank * part.numel() : (rank + 1) * part.numel()]
         part.data[: mine.numel()].copy_(mine)  # the last rank's part may end in padding
     elif hasattr(parameter, "_hp_mapping"):
-        parameter.set_full_hp_param(value.to(parameter.device), key)  # type: ignore[operator]
+        parameter.set_full_hp_param(value.to(parameter.device), key)  # type: ignore[attr-defined]
     else:
         master = _master_of(engine, parameter)
         (master if key is None else _inner(engine).state[master][key]).data.copy_(value)

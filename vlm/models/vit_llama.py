@@ -132,7 +132,7 @@ class ViTLlamaConfig:
     init_values: float = 0.0
     """Start of a learned scale of each residual branch; 0: no such scale."""
     init_std: float = 0.02
-    """Deviation of the linear layers' initial weights; a narrow ViT without pretraining wants more (about dim ** -0.5)."""
+    """Deviation of the linear layers' initial weights; a narrow ViT from scratch wants more (about dim ** -0.5)."""
     init_scale: float = 0.001
     """Factor on the head's initial weight and bias."""
     norm_eps: float = 1e-6

@@ -1,4 +1,4 @@
-"""The command lines of launch/train.py and launch/evaluate.py: arguments in, one readable line out where they are wrong."""
+"""The command lines of launch/train.py and launch/evaluate.py: what is wrong with them is told in one line."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class Engine:
         return StepResult(loss, losses, {name: int(total) for name, total in totals.items()}, norm)
 
     def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Elements of each loss in the global batch: known before the first backward, so gradients need no rescaling."""
+        """Elements of each loss in the global batch, known before the first backward, so nothing is rescaled."""
         names = list(self.recipe.views)
         counts = dict.fromkeys(names, 0)
         for item in micro_batches:

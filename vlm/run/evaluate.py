@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -96,7 +97,8 @@ def score(
     config = recipe.eval
     assert config is not None
     start, stop = share(len(shards), world.size, world.rank)
-    rounds = -(-(-(-len(shards) // world.size)) // config.batch_size)
+    largest_share = math.ceil(len(shards) / world.size)
+    rounds = math.ceil(largest_share / config.batch_size)
     engine.deepspeed.eval()
     predictions: list[Prediction] = []
     unscored: list[dict[str, str]] = []

@@ -1,4 +1,4 @@
-"""What a run tells: a console line a person can read, metrics.jsonl (always, every step), and wandb (never in the way)."""
+"""What a run tells: a console line for people, metrics.jsonl (always, every step), wandb (never in the way)."""
 
 from __future__ import annotations
 

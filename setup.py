@@ -23,13 +23,13 @@ setup(
         "einops>=0.8",
         "numpy>=2.0",
         "pillow>=11",
-        "torchmetrics>=1.4",
         "wandb>=0.19",
         "psutil",
+        "ninja",
     ],
     extras_require={
         "flash": ["flash-attn>=2.8,<3"],
         "mpi": ["mpi4py>=4"],
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "mpi4py>=4", "ninja"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "mpi4py>=4"],
     },
 )

@@ -86,3 +86,28 @@ def test_describe_finds_the_text_under_a_field():
     assert rows["lr"] == (1e-3, "Peak learning rate.")
     assert rows["inner.depth"] == (2, "How many layers.")
     assert rows["off"] == (None, "")
+
+
+@dataclass(kw_only=True, slots=True)
+class Pair:
+    width: int = 6
+    heads: int = 3
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+
+
+def test_fields_that_must_fit_each_other_are_checked_together():
+    assert (
+        override(Pair(), ["width=4", "heads=2"]) == override(Pair(), ["heads=2", "width=4"]) == Pair(width=4, heads=2)
+    )
+    with pytest.raises(UserError, match="width=4: width=4 is not a multiple of heads=3"):
+        override(Pair(), ["width=4"])
+
+
+def test_the_last_of_two_values_counts_and_a_group_is_no_value():
+    assert override(Outer(), ["lr=1", "lr=2"]).lr == 2
+    for wrong in (["inner=none", "inner.depth=2"], ["inner.depth=2", "inner=none"]):
+        with pytest.raises(UserError, match="fields of its own"):
+            override(Outer(), wrong)

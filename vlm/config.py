@@ -31,43 +31,62 @@ def override(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
     Raises:
         UserError: not of the form path=value; unknown path (with the nearest name); value of the wrong type.
     """
+    tree: dict[str, Any] = {}
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator or not path:
             raise UserError(f"override {assignment!r} is not of the form key.path=value, for example optim.lr=3e-4")
-        config = _assign(config, path.split("."), text, path)
-    return config
+        *groups, name = path.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{assignment}: {group!r} is given a value and fields of its own in one command")
+        if isinstance(node.get(name), dict):
+            raise UserError(f"{assignment}: {name!r} is given a value and fields of its own in one command")
+        node[name] = text
+    return _apply(config, tree, "")
 
 
-def _assign(node: Any, parts: list[str], text: str, path: str) -> Any:
-    name, rest = parts[0], parts[1:]
-    where = path[: len(path) - len(".".join(parts))].rstrip(".") or "the recipe"
+def _apply(node: Any, changes: dict[str, Any], where: str) -> Any:
+    """`node` with all changes made at once, so that fields that must fit each other are checked together."""
+    values = {name: _changed(node, name, change, where) for name, change in changes.items()}
     if isinstance(node, dict):
-        if name not in node:
-            raise UserError(f"{path}: {where} has no entry {name!r}{_nearest(name, list(node))}")
-        value = _assign(node[name], rest, text, path) if rest else parse(text, type(node[name]), path)
-        return {**node, name: value}
-    if not dataclasses.is_dataclass(node):
-        raise UserError(f"{path}: {where} is {node!r}, which has no field {name!r}")
-    fields = {f.name: f for f in dataclasses.fields(node)}
-    if name not in fields:
-        raise UserError(f"{path}: {where} has no field {name!r}{_nearest(name, list(fields))}")
-    current = getattr(node, name)
-    if rest:
-        if current is None:
-            raise UserError(f"{path}: {name!r} is off (None) in this recipe, so {'.'.join(rest)!r} cannot be set")
-        value = _assign(current, rest, text, path)
-    else:
-        if dataclasses.is_dataclass(current) and text.lower() not in ("none", "null"):
-            inner = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(current)[:4])
-            raise UserError(f"{path}: is a group of settings; set one of its fields, for example {inner}")
-        value = parse(text, _hints(type(node))[name], path)
+        return {**node, **values}
     try:
-        return dataclasses.replace(node, **{name: value})  # type: ignore[type-var]
+        return dataclasses.replace(node, **values)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path}={text}: {error}") from error
+        given = " ".join(f"{where}{name}={text}" for name, text in changes.items() if isinstance(text, str))
+        raise UserError(f"{given}: {error}") from error
+
+
+def _changed(node: Any, name: str, change: Any, where: str) -> Any:
+    """The new value of one field: parsed text, or a group with its own changes applied."""
+    path, owner = f"{where}{name}", where.rstrip(".") or "the recipe"
+    if isinstance(node, dict):
+        if name not in node:
+            raise UserError(f"{path}: {owner} has no entry {name!r}{_nearest(name, list(node))}")
+        return (
+            parse(change, type(node[name]), path) if isinstance(change, str) else _apply(node[name], change, f"{path}.")
+        )
+    if not dataclasses.is_dataclass(node):
+        raise UserError(f"{path}: {owner} is {node!r}, which has no field {name!r}")
+    names = [f.name for f in dataclasses.fields(node)]
+    if name not in names:
+        raise UserError(f"{path}: {owner} has no field {name!r}{_nearest(name, names)}")
+    current = getattr(node, name)
+    if isinstance(change, dict):
+        if current is None:
+            raise UserError(
+                f"{path}.{next(iter(change))}: {path} is off (None) in this recipe, so it has no fields to set"
+            )
+        return _apply(current, change, f"{path}.")
+    if dataclasses.is_dataclass(current) and change.lower() not in ("none", "null"):
+        inner = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(current)[:4])
+        raise UserError(f"{path}: is a group of settings; set one of its fields, for example {inner}")
+    return parse(change, _hints(type(node))[name], path)
 
 
 def parse(text: str, kind: Any, path: str) -> Any:

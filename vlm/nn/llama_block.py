@@ -23,7 +23,7 @@ from vlm.nn.attention import attention
 from vlm.types import UserError
 from vlm.weights import META_LAYER_TABLE, Loader, diff_keys, rename
 
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:model\.|llama\.)?layers\.(\d+)\.(.+)")
 _NORM = ("norm.weight", "model.norm.weight")
 # Tables of the rotary embedding: constants, and not used here.
 _ROTARY = re.compile(r"attention\.inner_attention\.rope\.freqs|self_attn\.rotary_emb\.inv_freq")

@@ -162,13 +162,8 @@ def steps_of(recipe: Recipe, records: int) -> int:
     if recipe.steps is not None:
         return recipe.steps
     assert recipe.epochs is not None
-    steps = int(recipe.epochs * (records // recipe.global_batch_size))
-    if steps < 1:
-        raise UserError(
-            f"{recipe.data.shards}: {records} records do not fill one global batch of {recipe.global_batch_size}; "
-            "lower global_batch_size or give steps="
-        )
-    return steps
+    # Rounded up: every record comes at least `epochs` times, and the last batch is filled from the next epoch.
+    return max(1, math.ceil(recipe.epochs * records / recipe.global_batch_size - 1e-9))
 
 
 def schedule_of(recipe: Recipe, records: int, total_steps: int) -> Callable[[int], float]:
@@ -176,7 +171,7 @@ def schedule_of(recipe: Recipe, records: int, total_steps: int) -> Callable[[int
     optim = recipe.optim
     warmup = optim.warmup_steps
     if warmup is None:
-        warmup = int(optim.warmup_epochs * (records // recipe.global_batch_size))
+        warmup = int(optim.warmup_epochs * records / recipe.global_batch_size)
     warmup = min(warmup, total_steps)
     return lambda step: warmup_cosine(
         step, total_steps=total_steps, warmup_steps=warmup, peak=optim.lr, final=optim.min_lr

@@ -1,7 +1,7 @@
 """The words every floor speaks: what a source yields, what a shard record holds, what a model eats and answers.
 
 Letters, everywhere in the project: B batch, C channels, T frames, H height, W width, N visual tokens, D width of a
-vector, L text length, K classes.
+vector, L text length, K classes; S tokens of all rows of text together.
 """
 
 from __future__ import annotations
@@ -13,18 +13,29 @@ from typing import Any, NamedTuple
 from torch import Tensor, device
 
 
+class StoredArray(NamedTuple):
+    """A tensor inside a published file (.pth, .safetensors): it becomes an `.npy` member when its shard is built."""
+
+    file: Path
+    name: str  # its key in the file
+    nbytes: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Sample:
     """One item of a published dataset, as its annotation file states it, before it is sharded.
 
     `annotation` becomes the `.json` member of the record and must be JSON-able. Names used in it:
     `label` (int class index), `name` (class name), `caption` (str), `questions` (list of {question, options, answer,
-    kind}), `segments` (list of {start, end, label}, frames, end exclusive).
+    kind; optionally id, span in seconds, dialogue}), `captions` (name -> text), `segments` (list of {start, end,
+    label}, frames, end exclusive).
     """
 
     key: str  # unique in its shard set; "." is not allowed in a key (webdataset cuts member names at the first dot)
     video: Path | None = None
     annotation: dict[str, Any] = field(default_factory=dict)
+    members: dict[str, Path | StoredArray] = field(default_factory=dict)  # further members: "features.npy" -> a file
+    warnings: tuple[str, ...] = ()  # what the user should know about this item though it is kept
 
 
 class Rejected(NamedTuple):
@@ -47,6 +58,36 @@ class Record:
     num_frames: int  # -1: unknown (sharded with --no-check), counted when decoded
     fps: float  # 0: unknown
     decoders: tuple[str, ...]  # decoders that were checked to return the reference frames, best first
+    members: dict[str, bytes] = field(default_factory=dict)  # the other members: "features.npy" -> its bytes
+
+
+class Text(NamedTuple):
+    """A piece of a prompt. Texts that follow one another are one string to the tokenizer, unless one stands apart."""
+
+    text: str
+    learn: bool = False  # its tokens are to be predicted
+    shorten: bool = False  # free text (caption, dialogue): a row that is too long loses tokens from the end of it
+    apart: bool = False  # begins a string of its own; a lone newline that stands apart is the newline token itself
+    skip: int = 0  # of its tokens, so many at the beginning are not to be predicted after all
+
+
+class Video(NamedTuple):
+    """The place in a prompt that video tokens take."""
+
+
+Segment = Text | Video
+Prompt = tuple[Segment, ...]
+
+IGNORE = -100  # label of a token that is not to be predicted; never an id, since 0 is a word of some tokenizers
+
+
+class Tokens(NamedTuple):
+    """One encoded prompt, without padding. Made by vlm.data.prompts."""
+
+    ids: tuple[int, ...]  # (L,); 0 where the video goes
+    labels: tuple[int, ...]  # (L,): the id itself where it is to be predicted (from the token before), else IGNORE
+    video: tuple[int, int]  # first place of the video and the one after its last; (0, 0): no video
+    dropped: int = 0  # tokens that truncation took away
 
 
 class Incident(NamedTuple):
@@ -68,6 +109,39 @@ class Example:
     label: int | None = None
 
 
+IGNORED = -100
+"""Label of a token that is not learnt. Not 0, as in some originals: 0 is a word of LLaMA-3's vocabulary."""
+
+
+@dataclass(slots=True, kw_only=True)
+class TextRows:
+    """Rows of tokens laid end to end, without padding: what a language model reads in one pass.
+
+    Rows form trees: a row whose parent is not -1 goes on where its parent ends (a question after its video, an option
+    after its question), so what rows have in common is there once. Row r sees itself and its ancestors, nothing else.
+    Parents stand before their children and a tree's rows stand together. S is the number of tokens of all rows, M of
+    those that the video fills, Z of those that must be predicted. Built by vlm.data.packing.
+    """
+
+    tokens: Tensor  # (S,) int64; any id where the video goes
+    positions: Tensor  # (S,) int64: tokens before this one in its row and its row's ancestors
+    slots: Tensor  # (M,) int64: places in `tokens` that video tokens take
+    sources: Tensor  # (M,) int64: which video token takes each, sample * N + n
+    predictors: Tensor  # (Z,) int64: places whose output must predict …
+    targets: Tensor  # (Z,) int64: … these ids
+    after_video: Tensor  # (S,) bool: the whole video stands before this token
+    lengths: tuple[int, ...]  # tokens of each row, in order; their sum is S
+    parents: tuple[int, ...]  # for each row, the row that it goes on from, or -1
+    target_counts: tuple[int, ...]  # for each row, how many of the Z predictions are of its tokens, in order
+    leaves: tuple[tuple[int, ...], ...] = ()  # options alone: for each question, the row that ends each of its options
+
+    def to(self, where: device | str) -> TextRows:
+        """The same rows on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: v.to(where, non_blocking=True) for name, v in moved.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
 @dataclass(slots=True, kw_only=True)
 class Batch:
     """One micro-batch of one rank."""
@@ -77,6 +151,9 @@ class Batch:
     label: Tensor | None = None  # (B,) int64
     target: Tensor | None = None  # (B, K) float: soft labels, where mixup or smoothing made them
     mask: Tensor | None = None  # (B, N) bool, True = hidden (masked pretraining)
+    features: Tensor | None = None  # (B, N, D) float: features of frames, computed before; None: rows have no video
+    views: dict[str, TextRows] = field(default_factory=dict)  # view name (= loss name) -> its rows
+    options: TextRows | None = None  # rows that score the options of questions (evaluation)
     incidents: tuple[Incident, ...] = ()
 
     def to(self, where: device | str) -> Batch:
@@ -86,6 +163,9 @@ class Batch:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 moved[f.name] = value.to(where, non_blocking=True)
+            elif isinstance(value, TextRows):
+                moved[f.name] = value.to(where)
+        moved["views"] = {name: rows.to(where) for name, rows in self.views.items()}
         return replace(self, **moved)
 
 

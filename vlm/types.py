@@ -109,10 +109,6 @@ class Example:
     label: int | None = None
 
 
-IGNORED = -100
-"""Label of a token that is not learnt. Not 0, as in some originals: 0 is a word of LLaMA-3's vocabulary."""
-
-
 @dataclass(slots=True, kw_only=True)
 class TextRows:
     """Rows of tokens laid end to end, without padding: what a language model reads in one pass.

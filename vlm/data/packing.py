@@ -1,0 +1,145 @@
+"""Rows of tokens laid end to end for one pass of a language model: no padding, and what rows share is there once.
+
+A `Row` is one prompt as the encoder made it. `pack` joins rows as they are; `share_prefixes` cuts the rows of one video
+into a tree first (video, then question, then option), which gives the same losses and scores as whole rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from vlm.types import IGNORE, TextRows
+
+
+class Row(NamedTuple):
+    """One row of tokens, or the part of it that comes after its parent row."""
+
+    ids: tuple[int, ...]  # (L,) as in Tokens
+    labels: tuple[int, ...]  # (L,)
+    video: tuple[int, int] = (0, 0)  # first of the places that the video takes and the one after the last
+    sample: int = 0  # which video of the batch goes there
+    parent: int = -1  # the row (counted in the list given to `pack`) that this one goes on from
+
+
+Tree = tuple[list[Row], list[tuple[int, ...]]]
+
+
+def pack(rows: Sequence[Row], num_video_tokens: int, leaves: Sequence[tuple[int, ...]] = ()) -> TextRows:
+    """Join rows. A row's parent must stand before it, and a tree's rows together.
+
+    Args:
+        num_video_tokens: N, places that a video takes in its row.
+        leaves: for each question, the rows that end its options (evaluation).
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    sources: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    after: list[bool] = []
+    ends: list[tuple[int, int, bool]] = []  # of each row: place of its last token, tokens so far, video seen
+    target_counts = []
+    for row in rows:
+        assert row.ids, "an empty row"
+        assert len(row.ids) == len(row.labels)
+        assert row.parent < len(ends), f"row {len(ends)} stands before its parent {row.parent}"
+        last, before, seen = ends[row.parent] if row.parent >= 0 else (-1, 0, False)
+        start, learnt = len(tokens), len(targets)
+        tokens += row.ids
+        positions += range(before, before + len(row.ids))
+        first_slot, video_end = row.video
+        if video_end:
+            assert video_end - first_slot == num_video_tokens, f"{row.video} is no place for {num_video_tokens} tokens"
+            assert video_end <= len(row.ids), f"the video ends at {video_end} of {len(row.ids)} tokens"
+            assert not seen, "a row has two videos"
+            assert first_slot > 0, "a row begins with its video, so no place predicts it"
+            slots += range(start + first_slot, start + video_end)
+            sources += range(row.sample * num_video_tokens, (row.sample + 1) * num_video_tokens)
+        for place, label in enumerate(row.labels):
+            if label != IGNORE:
+                assert place or row.parent >= 0, "the first token of a row cannot be predicted"
+                predictors.append(start + place - 1 if place else last)
+                targets.append(label)
+        after_from = video_end if video_end else (0 if seen else len(row.ids))
+        after += [place >= after_from for place in range(len(row.ids))]
+        target_counts.append(len(targets) - learnt)
+        ends.append((len(tokens) - 1, before + len(row.ids), seen or bool(video_end)))
+    as_tensor = torch.tensor
+    return TextRows(
+        tokens=as_tensor(tokens, dtype=torch.int64),
+        positions=as_tensor(positions, dtype=torch.int64),
+        slots=as_tensor(slots, dtype=torch.int64),
+        sources=as_tensor(sources, dtype=torch.int64),
+        predictors=as_tensor(predictors, dtype=torch.int64),
+        targets=as_tensor(targets, dtype=torch.int64),
+        after_video=as_tensor(after, dtype=torch.bool),
+        lengths=tuple(len(row.ids) for row in rows),
+        parents=tuple(row.parent for row in rows),
+        target_counts=tuple(target_counts),
+        leaves=tuple(leaves),
+    )
+
+
+def share_prefixes(questions: Sequence[Sequence[Row]]) -> Tree:
+    """The rows of one video as a tree: what all share, then what the options of a question share, then the rest.
+
+    Args:
+        questions: for each question its whole rows, one an option (in training one); all of the same video.
+    Returns:
+        the rows of the tree with their parents, and for each question the rows that end its options.
+    """
+    everything = [row for rows in questions for row in rows]
+    assert everything
+    assert all(row.parent == -1 and row.sample == everything[0].sample for row in everything)
+    tree: list[Row] = []
+    common = _common_length(everything)
+    root = _add(tree, everything[0], 0, common, -1)
+    leaves = []
+    for rows in questions:
+        shared = max(common, _common_length(rows))
+        trunk = _add(tree, rows[0], common, shared, root)
+        leaves.append(tuple(_add(tree, row, shared, len(row.ids), trunk) for row in rows))
+    return tree, leaves
+
+
+def pack_trees(trees: Sequence[Tree], num_video_tokens: int) -> TextRows:
+    """Join the trees of several videos."""
+    rows: list[Row] = []
+    leaves: list[tuple[int, ...]] = []
+    for tree, ends in trees:
+        first = len(rows)
+        rows += [row._replace(parent=row.parent + first if row.parent >= 0 else -1) for row in tree]
+        leaves += [tuple(first + leaf for leaf in question) for question in ends]
+    return pack(rows, num_video_tokens, leaves)
+
+
+def _add(tree: list[Row], row: Row, start: int, stop: int, parent: int) -> int:
+    """Add the part [start, stop) of a row to a tree; an empty part adds nothing and its parent stands for it."""
+    if start == stop:
+        return parent
+    first, end = row.video
+    here = bool(end) and start <= first and end <= stop
+    video = (first - start, end - start) if here else (0, 0)
+    tree.append(Row(row.ids[start:stop], row.labels[start:stop], video, row.sample, parent))
+    return len(tree) - 1
+
+
+def _common_length(rows: Sequence[Row]) -> int:
+    """Tokens that all rows begin with, labels and slots included; the last token of a row is never among them, and a
+    video is never cut nor parted from the token before it. One row alone shares nothing."""
+    if len(rows) == 1:
+        return 0
+    head = rows[0]
+    length = min(len(row.ids) for row in rows) - 1
+    for row in rows[1:]:
+        pairs = zip(head.ids[:length], row.ids[:length], head.labels[:length], row.labels[:length])
+        length = next((i for i, (a, b, c, d) in enumerate(pairs) if (a, c) != (b, d)), length)
+    for first, end in {row.video for row in rows}:
+        # where a video begins after the cut, or all rows have it before the cut, nothing is in the way
+        if end and first <= length and (length < end or any(row.video != (first, end) for row in rows)):
+            length = first - 1
+    return max(length, 0)

@@ -88,6 +88,7 @@ class Tokens(NamedTuple):
     labels: tuple[int, ...]  # (L,): the id itself where it is to be predicted (from the token before), else IGNORE
     video: tuple[int, int]  # first place of the video and the one after its last; (0, 0): no video
     dropped: int = 0  # tokens that truncation took away
+    excess: int = 0  # tokens beyond the limit that stayed, since nothing was left that may be shortened
 
 
 class Incident(NamedTuple):

@@ -7,12 +7,15 @@ and the rejected items) lies beside the plan; whoever starts next builds what ha
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from webdataset.writer import TarWriter
 
 from vlm.data.shard_format import (
@@ -27,6 +30,8 @@ from vlm.data.shard_format import (
     to_json,
 )
 from vlm.data.video import DecodeError, check_decoders, container_extension, inspect
+from vlm.types import UserError
+from vlm.weights import Loader, open_tensors
 
 Report = Callable[[int, int], None]  # position of the item that is begun, bytes of its file
 
@@ -129,6 +134,8 @@ def _load(item: Mapping[str, Any], check: bool) -> tuple[dict[str, tuple[str, by
     """(members of the record, columns of the index, warnings); raises DecodeError for what cannot be kept."""
     annotation = item["annotation"]
     facts: dict[str, Any] = {"num_frames": UNKNOWN, "text_length": text_length(annotation), "decoders": []}
+    if "questions" in annotation:
+        facts["questions"] = len(annotation["questions"])
     members: dict[str, tuple[str, bytes]] = {}
     warned: Sequence[str] = ()
     if item["file"]:
@@ -148,5 +155,28 @@ def _load(item: Mapping[str, Any], check: bool) -> tuple[dict[str, tuple[str, by
             warned = info.warnings
             facts["decoders"] = list(check_decoders(data, info))
             facts.update({name: getattr(info, name) for name in ("num_frames", "fps", "duration", "width", "height")})
+    for name, source in sorted(item.get("members", {}).items()):
+        members[name] = (name, _read_member(source))
     members["json"] = ("json", to_json(annotation))
-    return members, facts, warned
+    return members, facts, (*item.get("warnings", ()), *warned)
+
+
+def _read_member(source: Mapping[str, str]) -> bytes:
+    """A whole file, or one tensor of a file as `.npy`; raises DecodeError."""
+    try:
+        if "tensor" not in source:
+            return Path(source["file"]).read_bytes()
+        array = _open_tensors(source["file"])[source["tensor"]]().numpy()
+    except OSError as error:
+        raise DecodeError(f"{source['file']} cannot be read: {error.strerror or error}") from error
+    except (UserError, KeyError) as error:
+        raise DecodeError(f"{source['file']} changed while shards were written from it: {error}") from error
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+@lru_cache(maxsize=4)
+def _open_tensors(file: str) -> dict[str, Loader]:
+    """The tensors of a file; it stays open (mapped) in this process, since thousands of records come from it."""
+    return open_tensors(file)

@@ -2,8 +2,9 @@
 
 A shard set is a folder:
 
-    shard-000000.tar …   uncompressed tars that plain webdataset reads: `{key}.{mp4|webm|…}` and `{key}.json`, the
-                         members of a key side by side, every header the same for the same content
+    shard-000000.tar …   uncompressed tars that plain webdataset reads: `{key}.{mp4|webm|…}`, whatever else a source
+                         gives (`{key}.features.npy`) and `{key}.json`, the members of a key side by side, every
+                         header the same for the same content
     index.npy            one row a record (`index_dtype`), opened by memory mapping
     manifest.json        counts, hours, bytes, hashes, every rejected item; written last: without it the set is
                          unfinished
@@ -57,8 +58,11 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def index_dtype(key_bytes: int, members: Sequence[str]) -> np.dtype:
-    """One packed row a record. Offsets are bytes from the start of the tar; a member that is absent has -1, 0."""
+def index_dtype(key_bytes: int, members: Sequence[str], questions: bool = False) -> np.dtype:
+    """One packed row a record. Offsets are bytes from the start of the tar; a member that is absent has -1, 0.
+
+    `questions`: records hold several questions, and a column counts them.
+    """
     columns: list[tuple[str, str]] = [
         ("key", f"S{key_bytes}"),  # as encode_key writes it
         ("shard", "<i4"),
@@ -72,6 +76,8 @@ def index_dtype(key_bytes: int, members: Sequence[str]) -> np.dtype:
         ("text_length", "<i4"),  # characters of annotation text
         ("decoders", "u1"),  # DECODER_BITS
     ]
+    if questions:
+        columns.append(("questions", "<i4"))
     for member in members:
         columns += [(f"{member}_offset", "<i8"), (f"{member}_nbytes", "<i8")]
     return np.dtype(columns)

@@ -7,6 +7,7 @@ folder that holds some shards already was begun for the same thing.
 from __future__ import annotations
 
 import hashlib
+import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vlm.data.shard_format import MAX_KEY_BYTES, encode_key, to_json
-from vlm.types import Rejected, Sample, UserError
+from vlm.types import Rejected, Sample, StoredArray, UserError
 
 
 class Cut(NamedTuple):
@@ -27,7 +28,8 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The items themselves are in the plan file: one JSON line an item, {at, key, file, size, annotation}."""
+    """The items themselves are in the plan file: one JSON line an item, {at, key, file, size, annotation} and, where
+    there are any, {members, warnings}."""
 
     arguments: dict[str, Any]
     listed: int  # items that the source listed, rejected ones included
@@ -101,14 +103,34 @@ def _planned(at: int, item: Sample | Rejected, seen: dict[str, int]) -> tuple[by
             return Rejected(item.key, f"{file}: not a file", file)
         size = status.st_size
     try:
-        row = {"at": at, "key": item.key, "file": file, "size": size, "annotation": item.annotation}
+        members, more = _members(item)
+    except OSError as error:
+        return Rejected(item.key, f"{error.filename}: {error.strerror or error}", str(error.filename))
+    try:
+        row = {"at": at, "key": item.key, "file": file, "size": size + more, "annotation": item.annotation}
+        row |= {"members": members} if members else {}
+        row |= {"warnings": list(item.warnings)} if item.warnings else {}
         line = _line(row)
     except (TypeError, ValueError) as error:
         return Rejected(item.key, f"the annotation cannot be written as JSON: {error}", file)
     if item.key in seen:
         return Rejected(item.key, f"duplicate key: item {at} of the list has the key of item {seen[item.key]}", file)
     seen[item.key] = at
-    return line, size
+    return line, size + more
+
+
+def _members(item: Sample) -> tuple[dict[str, dict[str, str]], int]:
+    """(what the plan says of the members besides video and annotation, their bytes); raises OSError."""
+    members, size = {}, 0
+    for name, source in item.members.items():
+        assert re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)+", name), f"{name!r} cannot be the name of a member"
+        if isinstance(source, StoredArray):
+            members[name] = {"file": str(source.file), "tensor": source.name}
+            size += source.nbytes
+        else:
+            members[name] = {"file": str(source)}
+            size += source.stat().st_size
+    return members, size
 
 
 def _line(row: dict[str, Any]) -> bytes:

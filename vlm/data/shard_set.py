@@ -38,6 +38,7 @@ class ShardSet:
         manifest = self.manifest
         self.shard_names: tuple[str, ...] = tuple(shard["name"] for shard in manifest["shards"])
         self.members: tuple[str, ...] = tuple(manifest["members"])
+        self._counts_questions = "questions" in manifest["counts"]
         hashes = ",".join(shard["sha256"] for shard in manifest["shards"])
         self.fingerprint = hashlib.sha256(f"{layout.FORMAT}/{layout.VERSION}:{hashes}".encode()).hexdigest()
         _check_sizes(self.path, manifest)
@@ -50,13 +51,14 @@ class ShardSet:
             self.index = np.load(self.path / layout.INDEX, mmap_mode="r")
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / layout.INDEX} cannot be opened ({error}); {_MEND}") from error
-        columns = layout.index_dtype(1, self.members).names
+        columns = layout.index_dtype(1, self.members, self._counts_questions).names
         if self.index.dtype.names != columns:
             raise UserError(f"{self.path / layout.INDEX} has columns {self.index.dtype.names}, not {columns}; {_MEND}")
         self._files = _OpenFiles()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("path", "shard_names", "members", "fingerprint")}
+        kept = ("path", "shard_names", "members", "fingerprint", "_counts_questions")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -79,6 +81,11 @@ class ShardSet:
     def text_length(self) -> np.ndarray:
         """(rows,) int32, mapped: characters of annotation text of each record."""
         return self.index["text_length"]
+
+    @property
+    def num_questions(self) -> np.ndarray:
+        """(rows,) int32: questions of each record; zeros where the set has none. Mapped, where there are some."""
+        return self.index["questions"] if self._counts_questions else np.zeros(len(self), np.int32)
 
     def key(self, row: int) -> str:
         """The key of a record as its source gave it."""
@@ -118,6 +125,11 @@ class ShardSet:
             num_frames=int(entry["num_frames"]),
             fps=float(entry["fps"]),
             decoders=tuple(name for name, bit in layout.DECODER_BITS.items() if entry["decoders"] & bit),
+            members={
+                name: content
+                for name, content in members.items()
+                if content is not None and name not in ("video", "json")
+            },
         )
 
     def _row(self, row: int) -> Any:

@@ -34,7 +34,6 @@ from vlm.types import Rejected, Sample, UserError
 
 __all__ = ["DEFAULT_SHARD_SIZE", "Progress", "ShardError", "ShardSet", "Written", "write_shards"]
 
-MEMBERS = ("video", "json")  # columns of the index, and the members of a record in this order
 DEFAULT_SHARD_SIZE = 1 << 30
 Progress = Callable[[str, int, int | None], None]  # "list" or "write", items done, items in all (None: not known yet)
 
@@ -173,7 +172,8 @@ def _build_missing(
 def _finish(out: Path, plan: Plan) -> dict[str, Any]:
     """Join the sidecars into the index, then write the manifest: from here on the set exists."""
     shards, rejected, warnings = [], list(plan.rejected), []
-    key_bytes, records, seconds = 1, 0, 0.0
+    key_bytes, records, seconds, questions = 1, 0, 0.0, 0
+    others: set[str] = set()
     for number in range(len(plan.cuts)):
         side = json.loads(sidecar(out, number).read_bytes())
         rejected += side["rejected"]
@@ -181,6 +181,8 @@ def _finish(out: Path, plan: Plan) -> dict[str, Any]:
         records += len(side["records"])
         seconds += sum(row.get("duration", 0.0) for row in side["records"])
         key_bytes = max([key_bytes, *(len(row["key"]) for row in side["records"])])
+        questions += sum(row.get("questions", 0) for row in side["records"])
+        others.update(member for row in side["records"] for member in row["members"])
         shards.append({"name": layout.shard_name(number), "records": len(side["records"]), "bytes": side["bytes"],
                        "sha256": side["sha256"]})  # fmt: skip
     if not records:
@@ -189,17 +191,20 @@ def _finish(out: Path, plan: Plan) -> dict[str, Any]:
         (out / layout.UNFINISHED / "plan.json").unlink()
         _refuse_empty(plan, records, rejected)
     rejected.sort(key=lambda row: row["at"])
+    members = ["video", *sorted(others - {"video", "json"}), "json"]
+    dtype = layout.index_dtype(key_bytes, members, questions > 0)
+    counts = {"listed": plan.listed, "records": records, "rejected": len(rejected), "warnings": len(warnings)}
     manifest = {
         "format": layout.FORMAT,
         "version": layout.VERSION,
         "source": plan.arguments.get("source"),
         "split": plan.arguments.get("split"),
-        "counts": {"listed": plan.listed, "records": records, "rejected": len(rejected), "warnings": len(warnings)},
+        "counts": counts | ({"questions": questions} if questions else {}),
         "hours": round(seconds / 3600, 6) if plan.arguments["check"] else None,
         "bytes": sum(shard["bytes"] for shard in shards),
-        "members": list(MEMBERS),
+        "members": members,
         "shards": shards,
-        "index": _write_index(out, records, key_bytes, len(plan.cuts)),
+        "index": _write_index(out, records, len(plan.cuts), dtype, members),
         "rejected": [{name: row[name] for name in ("key", "file", "reason")} for row in rejected],
         "warnings": [{name: row[name] for name in ("key", "file", "warning")} for row in warnings],
         "arguments": plan.arguments,
@@ -210,19 +215,20 @@ def _finish(out: Path, plan: Plan) -> dict[str, Any]:
     return manifest
 
 
-def _write_index(out: Path, records: int, key_bytes: int, shards: int) -> dict[str, Any]:
+def _write_index(out: Path, records: int, shards: int, dtype: np.dtype, members: Sequence[str]) -> dict[str, Any]:
     """Write index.npy shard by shard. Returns its {name, bytes, sha256}."""
     temporary = out / layout.UNFINISHED / f"{layout.INDEX}.tmp-{os.getpid()}"
-    dtype = layout.index_dtype(key_bytes, MEMBERS)
     index = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=(records,))
     row = 0
     for number in range(shards):
         for record in json.loads(sidecar(out, number).read_bytes())["records"]:
-            places = [place for member in MEMBERS for place in record["members"].get(member, (-1, 0))]
+            places = [place for member in members for place in record["members"].get(member, (-1, 0))]
+            counted = (record.get("questions", 0),) if "questions" in (dtype.names or ()) else ()
             decoders = sum(layout.DECODER_BITS[name] for name in record["decoders"])
             index[row] = (record["key"].encode(), number, record["offset"], record["nbytes"], record["num_frames"],
                           record.get("fps", 0.0), record.get("duration", 0.0), record.get("width", 0),
-                          record.get("height", 0), record["text_length"], decoders, *places)  # fmt: skip
+                          record.get("height", 0), record["text_length"], decoders, *counted,
+                          *places)  # fmt: skip
             row += 1
     index.flush()
     del index

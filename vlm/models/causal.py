@@ -1,0 +1,194 @@
+"""What all systems on a causal language model share: splicing, the language model, losses, scoring of options.
+
+A system is one hook, `encode_video`. Rows of text come packed (vlm.data.packing): all views of a micro-batch go through
+the language model in one pass, without padding, and the vocabulary is scored at the places that are learnt alone.
+
+A view's name is its loss's name. Every view is a mean over the tokens to be predicted unless a system says otherwise.
+Letters: B videos, N video tokens, S tokens of all rows, M slots, Z tokens to be predicted, D width, K options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from vlm.models.system import Cost, System
+from vlm.nn.language import make_spans
+from vlm.nn.splice import splice
+from vlm.types import Batch, Losses, LossTerm, TextRows, UserError
+
+NO_ANSWER = torch.finfo(torch.float32).min
+"""Score of an option that has no tokens to be predicted, or is not there: finite, and below every other."""
+
+
+class CausalSystem(System):
+    """Video tokens spliced into text before a frozen causal language model."""
+
+    llm: PreTrainedModel
+
+    def __init__(self, llm: PreTrainedModel, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.llm = llm
+        if activation_checkpointing:
+            # non-reentrant: the reentrant kind loses gradients in silence where a block's input is frozen
+            llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def encode_video(self, batch: Batch) -> Tensor | None:
+        """(B, N, D) video tokens of the batch; None: it has no video."""
+        raise NotImplementedError
+
+    def attention_arguments(self, names: Sequence[str], rows: Sequence[TextRows]) -> dict[str, Any]:
+        """What the blocks' attention gets besides the spans, for rows of the views of these names, end to end."""
+        return {}
+
+    def view_loss(self, name: str, rows: TextRows, hidden: Tensor, batch: Batch) -> LossTerm | None:
+        """A view's own loss from its (S, D) normed outputs; None: it predicts its tokens, as most views do."""
+        return None
+
+    def predictions_of(self, name: str, rows: TextRows) -> int:
+        """How many elements `view_loss` sums."""
+        return rows.targets.numel()
+
+    # ------------------------------------------------------------------------------------------ what a trainer calls
+
+    def losses(self, batch: Batch) -> Losses:
+        """Every view of the batch: summed cross-entropy and number of its predictions."""
+        if not batch.views:
+            raise UserError(f"{', '.join(batch.keys)}: a batch without text reached a language model; check the views")
+        names, rows = list(batch.views), list(batch.views.values())
+        hidden = self.read(names, rows, batch).split([sum(part.lengths) for part in rows])
+        own = {n: self.view_loss(n, part, out, batch) for n, part, out in zip(names, rows, hidden)}
+        tokens = [name for name in names if own[name] is None]
+        nll = self.token_losses([h for n, h in zip(names, hidden) if n in tokens], [batch.views[n] for n in tokens])
+        summed = dict(zip(tokens, nll))
+        return {
+            name: LossTerm(summed[name].sum(), len(summed[name])) if term is None else term
+            for name, term in own.items()
+        }
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """View name -> elements that its loss sums."""
+        return {name: self.predictions_of(name, rows) for name, rows in batch.views.items()}
+
+    def scores(self, batch: Batch) -> Tensor:
+        """(questions, K) fp32: minus the mean loss over each option's predicted tokens, so the best is the largest.
+
+        An option without such tokens, or a question's missing option, has `NO_ANSWER`.
+        """
+        rows = batch.options
+        if rows is None or not rows.leaves:
+            raise UserError(f"{', '.join(batch.keys)}: no options to choose from; this data has no questions")
+        hidden = self.read(["options"], [rows], batch)
+        nll = self.token_losses([hidden], [rows])[0]
+        counts = torch.tensor(rows.target_counts, device=nll.device)
+        owner = torch.arange(len(rows.lengths), device=nll.device).repeat_interleave(counts, output_size=len(nll))
+        sums = torch.zeros(len(rows.lengths), device=nll.device).index_add(0, owner, nll)
+        paths = [[_path(leaf, rows.parents) for leaf in question] for question in rows.leaves]
+        scores = sums.new_full((len(paths), max(map(len, paths))), NO_ANSWER)
+        for number, question in enumerate(paths):
+            for option, path in enumerate(question):
+                count = sum(rows.target_counts[row] for row in path)
+                if count:
+                    scores[number, option] = -sums[path].sum() / count
+        return scores
+
+    # ------------------------------------------------------------------------------------------ the pass itself
+
+    def read(self, names: Sequence[str], rows: Sequence[TextRows], batch: Batch) -> Tensor:
+        """Normed outputs of the language model, (S, D), for the rows of several views end to end."""
+        video = self.encode_video(batch)
+        joined = join(rows)
+        text = self.llm.get_input_embeddings()(joined.tokens)
+        if video is not None:
+            text = splice(text, video, joined.slots, joined.sources)
+        elif joined.slots.numel():
+            raise UserError(f"{', '.join(batch.keys)}: the text has places for video, but the batch has no features")
+        return self.llm.base_model(
+            inputs_embeds=text[None],
+            position_ids=joined.positions[None],
+            # a mask of four dimensions is passed on as it is; the spans say what is seen
+            attention_mask=text.new_empty(1, 1, 0, 0),
+            use_cache=False,
+            spans=make_spans(joined.lengths, joined.parents, text.device),
+            **self.attention_arguments(names, rows),
+        ).last_hidden_state[0]
+
+    def token_losses(self, hidden: Sequence[Tensor], rows: Sequence[TextRows]) -> list[Tensor]:
+        """Cross-entropy (Z,) fp32 of each view's predicted tokens, from one pass through the output layer."""
+        if not rows:
+            return []
+        picked = torch.cat([out[part.predictors] for out, part in zip(hidden, rows)])
+        logits = self.logits(picked)
+        targets = torch.cat([part.targets for part in rows])
+        nll = functional.cross_entropy(logits, targets, reduction="none")
+        return list(nll.split([part.targets.numel() for part in rows]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(Z, D) normed outputs -> (Z, words) fp32."""
+        head = self.llm.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        return head(hidden).float()
+
+    def trainable(self, name: str) -> bool:
+        """All but the language model."""
+        return not name.startswith("llm.")
+
+    def cost(self, batch: Batch) -> Cost:
+        """What the forward pass over this batch's views costs."""
+        rows = join(list(batch.views.values()))
+        size = self.llm.config
+        tokens = sum(rows.lengths)
+        linear = sum(m.in_features * m.out_features for m in self.llm.base_model.modules() if isinstance(m, nn.Linear))
+        frozen = 2.0 * tokens * linear + 2.0 * rows.targets.numel() * size.hidden_size * size.vocab_size
+        pairs = sum(length * (length + 1) / 2 for length in rows.lengths)
+        for length, parent in zip(rows.lengths, rows.parents):
+            pairs += length * sum(rows.lengths[row] for row in _path(parent, rows.parents))
+        scores = 4.0 * pairs * size.hidden_size * size.num_hidden_layers
+        return Cost(tokens, scores + self.trained_flops(batch, tokens), frozen)
+
+    def trained_flops(self, batch: Batch, tokens: int) -> float:
+        """Forward FLOPs of the trained part alone."""
+        return 0.0
+
+
+def join(rows: Sequence[TextRows]) -> TextRows:
+    """Rows of several views end to end, as one."""
+    assert rows
+    if len(rows) == 1:
+        return rows[0]
+    tokens, counts = [0], [0]
+    for part in rows:
+        tokens.append(tokens[-1] + sum(part.lengths))
+        counts.append(counts[-1] + len(part.lengths))
+    return replace(
+        rows[0],
+        **{
+            name: torch.cat([getattr(p, name) for p in rows])
+            for name in ("tokens", "positions", "sources", "targets", "after_video")
+        },
+        **{
+            name: torch.cat([getattr(p, name) + start for p, start in zip(rows, tokens)])
+            for name in ("slots", "predictors")
+        },
+        lengths=tuple(length for part in rows for length in part.lengths),
+        parents=tuple(
+            parent + (start if parent >= 0 else 0) for part, start in zip(rows, counts) for parent in part.parents
+        ),
+        target_counts=tuple(count for part in rows for count in part.target_counts),
+        leaves=(),
+    )
+
+
+def _path(row: int, parents: Sequence[int]) -> list[int]:
+    """A row and its ancestors; nothing for -1."""
+    path = []
+    while row >= 0:
+        path.append(row)
+        row = parents[row]
+    return path

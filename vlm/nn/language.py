@@ -1,0 +1,234 @@
+"""Attention inside a transformers language model: packed rows, zero-gated prompts, a learned bias towards the video.
+
+transformers hands every layer's post-rotary q, k, v and all extra arguments of `model(...)` to the attention function
+whose name the model's config carries; importing this file registers "vlm" … `ATTENTION`. What the extra arguments
+switch on:
+
+* `spans`: rows laid end to end (vlm.data.packing). Each tree of rows is attended on its own, so nothing leaks.
+* `prompts`: LLaMA-Adapter's zero-init attention (arXiv 2303.16199, section 3.2): queries also attend learned prompt
+  rows, in a softmax of their own, times tanh of a gate that starts at 0. The rows are neither normed nor rotated.
+* the prompts' video bias, as in Flipped-VQA (arXiv 2310.15747; not in the paper): text after the video sees the video
+  with a learned number added to the score. The bias is rank one, so it is one more column of q and k.
+
+Under ZeRO-3 a parameter exists only while its own module runs, so gates are modules, called here.
+
+Letters: B batch (1 where rows are packed), H heads, G key heads, S tokens, A prompt rows, E width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from vlm.nn.attention import attention
+
+ATTENTION = "vlm_causal"
+"""Name to set as a config's attention implementation."""
+
+_EXTRA = 8  # columns added for the bias: kernels want widths in eighths
+
+
+class Span(NamedTuple):
+    """Queries that are attended in one call: tokens [start, stop) see tokens [first_key, stop)."""
+
+    start: int
+    stop: int
+    first_key: int
+    mask: Tensor | None  # (stop - start, stop - first_key) bool; None: causal, and first_key is start
+
+
+def make_spans(lengths: Sequence[int], parents: Sequence[int], where: torch.device) -> tuple[Span, ...]:
+    """How to attend rows that form trees: a plain causal call for each root, a masked one for all that hangs on it.
+
+    Args:
+        lengths: tokens of each row, laid end to end.
+        parents: for each row the row that it goes on from, or -1; a tree's rows stand together, root first.
+        where: device of the masks.
+    """
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    roots = [row for row, parent in enumerate(parents) if parent < 0]
+    assert not lengths or roots[:1] == [0], "the first row has a parent"
+    spans = []
+    for root, end in zip(roots, [*roots[1:], len(lengths)]):
+        first, after_root, stop = starts[root], starts[root + 1], starts[end]
+        spans.append(Span(first, after_root, first, None))
+        if end == root + 1:
+            continue
+        mask = torch.zeros(stop - after_root, stop - first, dtype=torch.bool, device=where)
+        for row in range(root + 1, end):
+            queries = mask[starts[row] - after_root : starts[row + 1] - after_root]
+            own = lengths[row]
+            ones = torch.ones(own, own, dtype=torch.bool, device=where)
+            queries[:, starts[row] - first : starts[row + 1] - first] = ones.tril()
+            ancestor = parents[row]
+            while ancestor >= 0:
+                assert root <= ancestor < row, f"row {row} hangs on row {ancestor} of another tree"
+                queries[:, starts[ancestor] - first : starts[ancestor + 1] - first] = True
+                ancestor = parents[ancestor]
+        spans.append(Span(after_root, stop, first, mask))
+    return tuple(spans)
+
+
+class Gates(nn.Module):
+    """The gates of one block, (1, H, 1, 1) each, under their published names.
+
+    Without a bias the one gate is called `gate` (Vamos); with it, `gate1` and the bias itself `gate2` (Flipped-VQA).
+    """
+
+    def __init__(self, heads: int, video_bias: float | None) -> None:
+        super().__init__()
+        self.has_bias = video_bias is not None
+        gate = nn.Parameter(torch.zeros(1, heads, 1, 1))
+        if video_bias is None:
+            self.gate = gate
+        else:
+            self.gate1 = gate
+            self.gate2 = nn.Parameter(torch.full((1, heads, 1, 1), video_bias))
+
+    def forward(self, scale: float) -> tuple[Tensor, Tensor | None]:
+        """(tanh of the gate, bias / scale or None), both (1, H, 1, 1): new tensors, which outlive the parameters."""
+        gate = self.gate1 if self.has_bias else self.gate
+        return gate.tanh(), self.gate2 / scale if self.has_bias else None
+
+
+class Prompts(NamedTuple):
+    """What the blocks of one forward pass attend besides their tokens."""
+
+    rows: Tensor  # (number of prompted blocks, A, D)
+    gates: Mapping[int, Gates]  # number of a block in the model -> its gates, in the order of `rows`
+    after_video: Tensor | None  # (S,) bool: tokens that the bias acts on; None: no bias in this pass
+    in_video: Tensor | None  # (S,) bool: tokens that they see with it
+
+    def of(self, module: Any, dtype: torch.dtype) -> tuple[Tensor, Gates] | None:
+        """Rows (A, D) and gates of an attention module; None: its block has no prompts."""
+        if module.layer_idx not in self.gates:
+            return None
+        return self.rows[list(self.gates).index(module.layer_idx)].to(dtype), self.gates[module.layer_idx]
+
+
+def causal_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    spans: Sequence[Span] | None = None,
+    prompts: Prompts | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The attention function that is registered with transformers.
+
+    Args:
+        module: the attention module of a block (k_proj, v_proj, layer_idx, num_key_value_groups).
+        query: (B, H, S, E), rotated. key, value: (B, G, K, E); K is S, or more where a cache holds the past.
+        attention_mask: (B, 1, S, K) bool or None; not looked at where `spans` is given.
+        spans: how packed rows are attended; None: rows of a batch, by `attention_mask`.
+        prompts: None: plain attention.
+    Returns:
+        (B, S, H, E), and None for the weights.
+    """
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    found = None if prompts is None else prompts.of(module, value.dtype)
+    gate, bias = (None, None) if found is None else found[1](scale)
+    repeats = module.num_key_value_groups
+    wide, wide_key, wide_value = query, _repeat(key, repeats), _repeat(value, repeats)
+    if bias is not None and prompts is not None and prompts.after_video is not None:
+        assert spans is not None, "the video bias is written for packed rows"
+        assert prompts.in_video is not None
+        wide = _with_column(query, prompts.after_video.to(query.dtype)[:, None] * bias.to(query.dtype))
+        wide_key = _with_column(wide_key, prompts.in_video.to(query.dtype)[:, None].expand_as(wide_key[..., :1]))
+        wide_value = functional.pad(wide_value, (0, _EXTRA))
+    if spans is None:
+        out = _attend_batch(wide, wide_key, wide_value, attention_mask, dropout, scale)
+    else:
+        out = _attend_spans(wide, wide_key, wide_value, spans, dropout, scale)
+    out = out[..., : query.shape[3]]
+    if found is not None and gate is not None:
+        rows = found[0]
+        prompt_key, prompt_value = (
+            _repeat(project(rows).view(1, len(rows), -1, query.shape[3]).transpose(1, 2), repeats)
+            for project in (module.k_proj, module.v_proj)
+        )
+        count = len(query)
+        prompted = attention(
+            query, prompt_key.expand(count, -1, -1, -1), prompt_value.expand(count, -1, -1, -1), scale=scale
+        )
+        out = out + gate.to(out.dtype) * prompted
+    return out.transpose(1, 2), None
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    """(B, G, K, E) -> (B, G * times, K, E): each key head serves `times` query heads in a row."""
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def _with_column(x: Tensor, column: Tensor) -> Tensor:
+    """(B, H, S, E) and one more column, (B, H, S, 1) or what broadcasts to it -> (B, H, S, E + 8), zeros at the end."""
+    return torch.cat([x, functional.pad(column.expand(*x.shape[:3], 1), (0, _EXTRA - 1))], dim=3)
+
+
+def _attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], dropout: float, scale: float) -> Tensor:
+    assert len(q) == 1, f"packed rows are one sequence, not a batch of {len(q)}"
+    lengths = [span.stop - span.start for span in spans]
+    parts = [x.split(lengths, dim=2) for x in (q, k, v)]  # one split: its backward is one join
+    out = []
+    for number, span in enumerate(spans):
+        own_q, own_k, own_v = (part[number] for part in parts)
+        if span.mask is None:
+            out.append(attention(own_q, own_k, own_v, dropout=dropout, causal=True, scale=scale))
+            continue
+        assert span.first_key == spans[number - 1].start
+        all_k, all_v = (torch.cat([part[number - 1], part[number]], dim=2) for part in parts[1:])
+        out.append(
+            functional.scaled_dot_product_attention(
+                own_q, all_k, all_v, attn_mask=span.mask, dropout_p=dropout, scale=scale
+            )
+        )
+    return torch.cat(out, dim=2)
+
+
+def _attend_batch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
+    causal = mask is None and q.shape[2] > 1
+    if mask is None:
+        return attention(q, k, v, dropout=dropout, causal=causal, scale=scale)
+    mask = mask[..., : k.shape[2]]
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+AttentionInterface.register(ATTENTION, causal_attention)
+# without this second line transformers passes no mask at all, and padding would be attended in silence
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class ExactRotary(nn.Module):
+    """A model's rotary tables, worked out in fp32 whatever precision the model is cast to.
+
+    transformers keeps the frequencies in a buffer, which an engine that casts the whole model to bf16 rounds to three
+    digits: at position 1000 the fastest angles are then off by radians. Here they are no buffer.
+    """
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.frequencies = tuple(rotary.inv_freq.tolist())
+        self.scaling = float(rotary.attention_scaling)
+        self._tables: dict[torch.device, Tensor] = {}
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (B, S, E) in x's dtype, of the positions (B, S) int64."""
+        if x.device not in self._tables:
+            self._tables[x.device] = torch.tensor(self.frequencies, dtype=torch.float32, device=x.device)
+        angles = position_ids[..., None].float() * self._tables[x.device]
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)

@@ -17,6 +17,7 @@ arguments, and so says that the split is whole: a second call returns at once, o
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -119,16 +120,17 @@ def _and_back(num_frames: int, leg: int, wait: int, pause: int) -> np.ndarray:
 def _pair_of_progress(rng: np.random.Generator, returns: bool, leg: int, num_frames: int) -> dict[bool, np.ndarray]:
     """Progress of the ascending and of the descending class: each fraction is met equally often in both.
 
-    One way: the descending one is the other played backwards. There and back: what one spends waiting at its home end
-    the other spends pausing at its turn.
+    One way: the descending one is the other played backwards. There and back: as many frames as one spends at its home
+    end the other spends at its turn (there is one frame more at home, it being met twice: hence the + 1).
     """
     if not returns:
         ascending = _one_way(num_frames, leg, int(rng.integers(0, num_frames - leg)))
         return {True: ascending, False: ascending[::-1]}
     rest = num_frames - 1 - 2 * leg
-    pause = int(rng.integers(0, rest + 1))
+    assert rest > 0, (num_frames, leg)
+    pause = int(rng.integers(1, rest + 1))
     ascending = _and_back(num_frames, leg, int(rng.integers(0, rest - pause + 1)), pause)
-    descending = 1.0 - _and_back(num_frames, leg, int(rng.integers(0, pause + 1)), rest - pause)
+    descending = 1.0 - _and_back(num_frames, leg, int(rng.integers(0, pause)), rest + 1 - pause)
     return {True: ascending, False: descending}
 
 
@@ -139,12 +141,16 @@ def _range(fraction: float, axis: int, radius: float, distance: float) -> float:
 
 
 def _scenes(rng: np.random.Generator, number: int) -> list[tuple[Scene, int]]:
-    """`number` scenes with the frames of a leg: all combinations once in random order, then again in another."""
-    legs = range(LEG_FRAMES[0], LEG_FRAMES[1] + 1)
-    combinations = [(c, s, r, leg) for c in COLOURS for s in SHAPES for r in RADII for leg in legs]
+    """`number` scenes with the frames of a leg: a factorial design.
+
+    Every 18 scenes hold each colour with each shape; every 270 hold each of those with each radius and leg.
+    """
+    looks = list(itertools.product(COLOURS, SHAPES))
+    sizes = list(itertools.product(RADII, range(LEG_FRAMES[0], LEG_FRAMES[1] + 1)))
+    sizes = [sizes[i] for i in rng.permutation(len(sizes))]
     chosen: list[tuple[str, str, float, int]] = []
-    while len(chosen) < number:
-        chosen += [combinations[i] for i in rng.permutation(len(combinations))]
+    for block in range(-(-number // len(looks))):
+        chosen += [(*looks[i], *sizes[(i + block) % len(sizes)]) for i in rng.permutation(len(looks))]
     backgrounds = rng.integers(0, 2**31, number)
     return [
         (Scene(colour=colour, shape=shape, radius=radius, background=int(seed)), leg)
@@ -176,7 +182,6 @@ def _group(rng: np.random.Generator, split: str, first: int, scene: Scene, leg: 
     progress = {returns: _pair_of_progress(rng, returns, leg, NUM_FRAMES) for returns in (False, True)}
     instant = int(rng.integers(NUM_FRAMES))  # the resting coordinate is one that a moving one takes at some time
     places = rng.permutation(NUM_CLASSES)
-    others = rng.integers(1, NUM_CLASSES // 2, NUM_CLASSES)
     clips = []
     for label, motion in enumerate(CLASSES):
         centres = np.empty((NUM_FRAMES, 2))
@@ -185,13 +190,14 @@ def _group(rng: np.random.Generator, split: str, first: int, scene: Scene, leg: 
         centres[:, motion.axis] = _range(moving, motion.axis, scene.radius, distance) + distance * along
         centres[:, 1 - motion.axis] = _range(resting, 1 - motion.axis, scene.radius, distance) + distance * rest
         question = f"which way does the {scene.subject} move?"
+        turn = first // NUM_CLASSES + label
         annotation = {
             "label": label,
             "name": motion.name,
             "caption": f"a {scene.subject} moves {motion.words}",
             "questions": [
-                _motion_question(question, label, int(others[label]), first // NUM_CLASSES + label, "motion"),
-                *_appearance_questions(scene, first // NUM_CLASSES + label),
+                _motion_question(rng, question, label, turn, "motion"),
+                *_appearance_questions(rng, scene, turn),
             ],
             "attributes": _attributes(scene, distance, leg),
         }
@@ -212,7 +218,7 @@ def _sequence(rng: np.random.Generator, key: str, scene: Scene, leg: int) -> Cli
     for _ in range(int(rng.integers(ACTIONS[0], ACTIONS[1] + 1))):
         returns, ascending = bool(rng.integers(2)), not at_upper[axis]
         label = next(i for i, m in enumerate(CLASSES) if (m.axis, m.ascending, m.returns) == (axis, ascending, returns))
-        length = int(rng.integers(2 * leg + 1, NUM_FRAMES + 1))
+        length = int(rng.integers(2 * leg + 2, NUM_FRAMES + 1))
         fractions = np.empty((length, 2))
         fractions[:] = at_upper
         fractions[:, axis] = _pair_of_progress(rng, returns, leg, length)[ascending]
@@ -222,15 +228,15 @@ def _sequence(rng: np.random.Generator, key: str, scene: Scene, leg: int) -> Cli
         at_upper[axis] = at_upper[axis] ^ (not returns)
         axis = 1 - axis
     labels = [segment["label"] for segment in segments]
-    others, turn = rng.integers(1, NUM_CLASSES // 2, 2), int(rng.integers(4))
+    turn = int(rng.integers(4))
     first, last = (f"which way does the {scene.subject} move {when}?" for when in ("first", "last"))
     annotation = {
         "caption": f"a {scene.subject} moves " + ", then ".join(CLASSES[label].words for label in labels),
         "segments": segments,
         "questions": [
-            _motion_question(first, labels[0], int(others[0]), turn, "motion_first"),
-            _motion_question(last, labels[-1], int(others[1]), turn + 1, "motion_last"),
-            *_appearance_questions(scene, turn),
+            _motion_question(rng, first, labels[0], turn, "motion_first"),
+            _motion_question(rng, last, labels[-1], turn + 1, "motion_last"),
+            *_appearance_questions(rng, scene, turn),
         ],
         "attributes": _attributes(scene, distance, leg),
     }
@@ -248,28 +254,31 @@ def _attributes(scene: Scene, distance: float, leg: int) -> dict[str, Any]:
     }
 
 
-def _motion_question(question: str, label: int, step: int, turn: int, kind: str) -> dict[str, Any]:
+def _motion_question(rng: np.random.Generator, question: str, label: int, turn: int, kind: str) -> dict[str, Any]:
     """Options are two whole pairs (a class and its reverse), so that the set of options does not tell the answer."""
-    other = (label // 2 + step) % (NUM_CLASSES // 2) * 2
-    wrong = [reverse_of(label), other + turn // 4 % 2, other + 1 - turn // 4 % 2]
-    return _question(question, CLASSES[label].words, [CLASSES[i].words for i in wrong], turn, kind)
+    other = (label // 2 + int(rng.integers(1, NUM_CLASSES // 2))) % (NUM_CLASSES // 2) * 2
+    wrong = [CLASSES[i].words for i in (reverse_of(label), other, other + 1)]
+    return _question(rng, question, CLASSES[label].words, wrong, turn, kind)
 
 
-def _appearance_questions(scene: Scene, turn: int) -> list[dict[str, Any]]:
-    colours, shapes = list(COLOURS), [*SHAPES, "star"]
-    start = colours.index(scene.colour)
-    wrong_colours = [colours[(start + 1 + (turn + i) % 5) % 6] for i in range(3)]
-    wrong_shapes = [shape for shape in shapes if shape != scene.shape]
+def _appearance_questions(rng: np.random.Generator, scene: Scene, turn: int) -> list[dict[str, Any]]:
+    colours = [colour for colour in COLOURS if colour != scene.colour]
+    colours = [colours[i] for i in rng.permutation(len(colours))[:3]]
+    shapes = [shape for shape in (*SHAPES, "star") if shape != scene.shape]
     return [
-        _question("what colour is the shape that moves?", scene.colour, wrong_colours, turn + 1, "colour"),
-        _question("what shape is it that moves?", scene.shape, wrong_shapes, turn + 2, "shape"),
+        _question(rng, "what colour is the shape that moves?", scene.colour, colours, turn + 1, "colour"),
+        _question(rng, "what shape is it that moves?", scene.shape, shapes, turn + 2, "shape"),
     ]
 
 
-def _question(question: str, answer: str, wrong: list[str], turn: int, kind: str) -> dict[str, Any]:
-    """The right option's place goes round with `turn`: each place is right equally often."""
+def _question(
+    rng: np.random.Generator, question: str, answer: str, wrong: list[str], turn: int, kind: str
+) -> dict[str, Any]:
+    """The right option's place goes round with `turn`, each being right equally often; the others lie at random."""
     place = turn % 4
-    return {"question": question, "options": [*wrong[:place], answer, *wrong[place:]], "answer": place, "kind": kind}
+    options = [wrong[i] for i in rng.permutation(3)]
+    options.insert(place, answer)
+    return {"question": question, "options": options, "answer": place, "kind": kind}
 
 
 # Pixels.
@@ -317,7 +326,9 @@ def draw(clip: Clip) -> np.ndarray:
 def encode(frames: np.ndarray, path: Path) -> None:
     """Writes uint8 (T, H, W, 3) as H.264 mp4 (yuv420p, a key frame each second, B-frames, one thread), atomically."""
     unfinished = path.with_suffix(f".{os.getpid()}.partial")
-    options = {"preset": "veryfast", "crf": "20", "threads": "1", "g": str(FPS), "bf": "2"}
+    # Without cpu-independent, 1 file in 20 differs from run to run: x264's macroblock tree depends on memory alignment.
+    once = {"threads": "1", "x264-params": "cpu-independent=1"}
+    options = {"preset": "veryfast", "crf": "20", "g": str(FPS), "bf": "2", **once}
     with av.open(str(unfinished), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS), options=options)
         stream.height, stream.width = frames.shape[1:3]

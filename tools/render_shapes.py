@@ -1,4 +1,4 @@
-"""Renders the moving-shapes corpus as H.264 mp4 files with annotations (vlm/sources/shapes.py says what is in it).
+"""Renders the moving-shapes corpus as H.264 mp4 files with annotations (vlm/sources/common_shapes.py says what is in it).
 
     python tools/render_shapes.py --out data/demo/corpus
     python tools/render_shapes.py --out data/demo/corpus --train 1600 --test 192 --sequences 400 --workers 2
@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from vlm.sources.shapes import NUM_CLASSES, render
+from vlm.sources.common_shapes import NUM_CLASSES
+from vlm.sources.shapes import render
 from vlm.types import UserError
 
 

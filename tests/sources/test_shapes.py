@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from tools import render_shapes
-from vlm.sources import shapes
-from vlm.sources.shapes import CLASSES, NUM_CLASSES, SPLITS, Clip, plan, read, render, reverse_of
+from vlm.sources import common_shapes, shapes
+from vlm.sources.common_shapes import CLASSES, NUM_CLASSES, SPLITS, Clip, plan, reverse_of
+from vlm.sources.shapes import read, render
 from vlm.types import Rejected, Sample, UserError
 
 
@@ -91,7 +92,7 @@ def test_motion_is_what_the_name_says(label):
         assert (along[-1] - along[0] > 19) != motion.returns
         margin = clip.scene.radius
         assert (clip.centres > margin).all()
-        assert (clip.centres < np.array([shapes.WIDTH, shapes.HEIGHT]) - margin).all()
+        assert (clip.centres < np.array([common_shapes.WIDTH, common_shapes.HEIGHT]) - margin).all()
 
 
 def test_pixels_show_the_colour_where_the_plan_says():
@@ -99,8 +100,8 @@ def test_pixels_show_the_colour_where_the_plan_says():
         frame = shapes.draw(clip)[7]
         x, y = clip.centres[7]
         assert frame.dtype == np.uint8
-        assert tuple(frame[int(y), int(x)]) == shapes.COLOURS[clip.scene.colour]
-    areas = {shape: shapes._coverage(shape, 8.0, *np.mgrid[-16:17, -16:17]).sum() for shape in shapes.SHAPES}
+        assert tuple(frame[int(y), int(x)]) == common_shapes.COLOURS[clip.scene.colour]
+    areas = {shape: shapes._coverage(shape, 8.0, *np.mgrid[-16:17, -16:17]).sum() for shape in common_shapes.SHAPES}
     assert areas == pytest.approx(dict.fromkeys(areas, np.pi * 64), rel=0.03)
 
 

@@ -58,7 +58,9 @@ def parse_size(text: str) -> int:
 
 
 def available_sources() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(vlm.sources.__path__) if module.name != "common")
+    return sorted(
+        module.name for module in pkgutil.iter_modules(vlm.sources.__path__) if not module.name.startswith("common")
+    )
 
 
 def load_source(name: str) -> ModuleType:

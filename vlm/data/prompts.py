@@ -77,13 +77,21 @@ class PromptEncoder:
         """The pieces of texts that are one string to the tokenizer."""
         string = "".join(segment.text for segment in run)
         ids = self.tokenizer.encode(string)
-        pieces, place, start = [], 0, 0
+        pieces: list[_Piece] = []
+        place = start = 0
         for number, segment in enumerate(run, 1):
             place += len(segment.text)
+            if number < len(run) and _same(segment, run[number]):
+                continue  # no border that matters
             stop = len(ids) if number == len(run) else self.tokenizer.tokens_before(string, place)
             pieces.append(_Piece(ids=ids[start:stop], learn=segment.learn, shorten=segment.shorten, skip=segment.skip))
             start = stop
         return pieces
+
+
+def _same(first: Text, second: Text) -> bool:
+    """Whether two texts are plain: neither to be predicted nor to be shortened."""
+    return not (first.learn or first.shorten or second.learn or second.shorten)
 
 
 def _runs(prompt: Prompt) -> Iterator[list[Text] | Video]:

@@ -1,4 +1,4 @@
-"""Renders the moving-shapes corpus as H.264 mp4 files with annotations (vlm/sources/common_shapes.py says what is in it).
+"""Renders the moving-shapes corpus as H.264 mp4 files with annotations (vlm/sources/common_shapes.py says what it is).
 
     python tools/render_shapes.py --out data/demo/corpus
     python tools/render_shapes.py --out data/demo/corpus --train 1600 --test 192 --sequences 400 --workers 2

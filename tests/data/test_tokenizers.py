@@ -93,7 +93,8 @@ def test_tokens_before_every_place(kind: str, text: str, tokenizers: dict[str, T
         assert len(before) <= end
         if count < len(ids):
             more = tokenizer.decode(ids[: count + 1])
-            assert len(more) > end or "\ufffd" in more  # the latter: a part of a character
+            # a part of a character, or the blank that sentencepiece puts before a text, is not yet anything
+            assert len(more) > end or "\ufffd" in more or (more == "" and count == 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

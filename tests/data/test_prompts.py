@@ -77,7 +77,7 @@ def test_a_prompt_may_stay_open(tokenizer: Tokenizer) -> None:
 
 def test_no_place_for_video(tokenizer: Tokenizer) -> None:
     tokens = encoder(tokenizer, num_video_tokens=0).encode((Text("a"), Video(), NEWLINE))
-    assert tokens.video[0] == tokens.video[1]
+    assert tokens.video == (0, 0)
     assert list(tokens.ids) == [tokenizer.bos, *tokenizer.encode("a"), tokenizer.newline, tokenizer.eos]
 
 
@@ -178,6 +178,15 @@ def test_the_published_cut_loses_the_answer(tokenizer: Tokenizer) -> None:
     tokens = encoder(tokenizer, max_length=len(whole.ids) - 6, overflow="tail").encode(LONG)
     assert (tokens.ids, tokens.video, tokens.dropped) == (whole.ids[:-6], whole.video, 6)
     assert set(tokens.labels) == {IGNORE}
+
+
+@pytest.mark.parametrize("overflow", ["tail", "shorten"])
+def test_the_video_is_never_cut(tokenizer: Tokenizer, overflow: str) -> None:
+    whole = encoder(tokenizer).encode(VIEWS["video_order"](ITEM, 0))
+    length = len(whole.ids)
+    tokens = encoder(tokenizer, max_length=length - 3, overflow=overflow).encode(VIEWS["video_order"](ITEM, 0))
+    assert tokens.video == whole.video
+    assert (tokens.dropped, tokens.excess) == ((1, 2) if overflow == "tail" else (0, 3))
 
 
 def test_rows_that_fit_are_the_same_under_every_rule(tokenizer: Tokenizer) -> None:

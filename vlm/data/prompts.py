@@ -45,7 +45,7 @@ class PromptEncoder:
     """What a row that is too long loses. shorten: tokens from the end of its longest text that may be shortened, then
     of the next; a text that is itself to be predicted ends the row where it is cut (no end is taught there). Answers,
     questions and video stay whole: without enough text to shorten the row stays too long, which `Tokens.excess` says.
-    tail: its last tokens whatever they are, the answer first, as the published code did."""
+    tail: its last tokens whatever they are but the video, the answer first, as the published code did."""
 
     def encode(self, prompt: Prompt, *, end: bool = True) -> Tokens:
         """One row. `end`: close it with the end token, which is to be predicted where the last segment is."""
@@ -56,7 +56,8 @@ class PromptEncoder:
         over = max(0, length - self.max_length) if self.max_length is not None else 0
         dropped = 0
         if over and self.overflow == "tail":
-            pieces, dropped = _cut_tail(pieces, length - over), over
+            keep = max(length - over, _video_end(pieces))
+            pieces, dropped = _cut_tail(pieces, keep), length - keep
         elif over:
             pieces, dropped = _shorten(pieces, over)
         return _join(pieces, dropped, over - dropped)
@@ -126,6 +127,12 @@ def _shorten(pieces: list[_Piece], over: int) -> tuple[list[_Piece], int]:
     return pieces, dropped
 
 
+def _video_end(pieces: list[_Piece]) -> int:
+    """Tokens up to the end of the video; 0 without one."""
+    place = next((place for place, piece in enumerate(pieces, 1) if piece.video), 0)
+    return sum(len(piece.ids) for piece in pieces[:place])
+
+
 def _cut_tail(pieces: list[_Piece], length: int) -> list[_Piece]:
     """The first `length` tokens."""
     cut = []
@@ -141,7 +148,7 @@ def _join(pieces: list[_Piece], dropped: int, excess: int) -> Tokens:
     labels: list[int] = []
     video = (0, 0)
     for piece in pieces:
-        if piece.video:
+        if piece.video and piece.ids:
             video = (len(ids), len(ids) + len(piece.ids))
         ids += piece.ids
         labels += [IGNORE if not piece.learn or place < piece.skip else token for place, token in enumerate(piece.ids)]

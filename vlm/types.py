@@ -116,7 +116,7 @@ class TextRows:
 
     Rows form trees: a row whose parent is not -1 goes on where its parent ends (a question after its video, an option
     after its question), so what rows have in common is there once. Row r sees itself and its ancestors, nothing else.
-    Parents stand before their children and a tree's rows stand together. S is the number of tokens of all rows, M of
+    Trees stand depth first: a row, then all that hangs on it. S is the number of tokens of all rows, M of
     those that the video fills, Z of those that must be predicted. Built by vlm.data.packing.
     """
 

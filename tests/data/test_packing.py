@@ -131,6 +131,17 @@ def test_a_video_is_never_cut() -> None:
     assert [row.video for row in tree] == [(0, 0), (1, 3), (2, 4)]
 
 
+def test_rows_of_two_videos_share_the_instruction_alone() -> None:
+    """The same tokens, the same places for video, but other videos: what comes after is not the same."""
+    rows = [[[Row((1, 5, 0, 0, 7, 8), (X, X, X, X, 7, 8), (2, 4), sample)]] for sample in (0, 1)]
+    tree, leaves = share_prefixes(rows)
+    assert [row.ids for row in tree] == [(1,), (5, 0, 0, 7, 8), (5, 0, 0, 7, 8)]
+    assert leaves == [(1,), (2,)]
+    packed = pack_trees([(tree, leaves)], 2)
+    assert packed.sources.tolist() == [0, 1, 2, 3]
+    assert [whole(tree, leaf) for (leaf,) in leaves] == [row for ((row,),) in rows]
+
+
 def test_batches_move_whole() -> None:
     rows = pack([Row((1, 2), (X, 2))], 1)
     moved = Batch(keys=("a",), features=torch.ones(1, 1, 2), views={"answer": rows}, options=rows).to("meta")

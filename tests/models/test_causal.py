@@ -134,15 +134,17 @@ def test_sharing_rows_in_training_keeps_loss_and_gradients() -> None:
     rows = [options[:1] for options in questions()]
     flat, _ = separate(rows)
     gradients = []
-    for packed in (pack(flat, small.FRAMES), pack_trees(trees(rows), small.FRAMES)):
+    nested = share_prefixes([rows[:2], rows[2:]])
+    for packed in (pack(flat, small.FRAMES), pack_trees(trees(rows), small.FRAMES), pack_trees([nested], small.FRAMES)):
         model.zero_grad(set_to_none=True)
         term = model(Batch(keys=("q",), features=small.features(), views={"answer": packed}))["answer"]
         term.total.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         gradients[-1]["loss"] = term.total.detach()
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, want in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], want, atol=2e-5, rtol=1e-4, msg=lambda x, n=name: f"{n}: {x}")
+    for shared in gradients[1:]:
+        assert gradients[0].keys() == shared.keys()
+        for name, want in gradients[0].items():
+            torch.testing.assert_close(shared[name], want, atol=2e-5, rtol=1e-4, msg=lambda x, n=name: f"{n}: {x}")
 
 
 def test_options_that_are_not_there_never_win() -> None:

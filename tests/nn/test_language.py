@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vlm.nn import language
 from vlm.nn.language import ATTENTION, ExactRotary, Gates, Prompts, causal_attention, make_spans
 
 CPU = torch.device("cpu")
@@ -55,8 +56,11 @@ def test_packed_rows_are_separate_rows() -> None:
         torch.testing.assert_close(out, plain.model(input_ids=row[None]).last_hidden_state[0], atol=2e-6, rtol=0)
 
 
-def test_a_tree_is_its_whole_rows() -> None:
-    """root (4) with children a (3) and b (2); a has children c (2) and d (1)."""
+@pytest.mark.parametrize("together", [1, 6, 256])
+def test_a_tree_is_its_whole_rows(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """root (4) with children a (3) and b (2); a has children c (2) and d (1). In one call, or in as many as rows."""
+    monkeypatch.setattr(language, "_TOGETHER", together)
+    assert len(make_spans([4, 3, 2, 1, 2], [-1, 0, 1, 1, 0], CPU)) == {1: 5, 6: 3, 256: 1}[together]
     llm, plain = model(), model("sdpa")
     lengths, parents = [4, 3, 2, 1, 2], [-1, 0, 1, 1, 0]
     ids = torch.randint(3, 50, (12,))
@@ -83,8 +87,12 @@ def test_a_tree_is_its_whole_rows() -> None:
         ([-1, 0, 1], 1, {1, 2}),
     ],
 )
-def test_nothing_leaks(parents: list[int], changed: int, seen_by: set[int]) -> None:
+@pytest.mark.parametrize("together", [1, 256])
+def test_nothing_leaks(
+    parents: list[int], changed: int, seen_by: set[int], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other tokens in a row change no bit of rows that do not hang on it; the row itself must change."""
+    monkeypatch.setattr(language, "_TOGETHER", together)
     llm = model()
     lengths = [4, 5, 3]
     ids = torch.randint(3, 50, (12,))
@@ -227,7 +235,7 @@ def test_rotary_tables_stay_exact_in_bf16() -> None:
 
 
 def test_wrong_trees_are_ours_to_avoid() -> None:
-    with pytest.raises(AssertionError, match="parent"):
+    with pytest.raises(AssertionError, match="before its parent"):
         make_spans([2, 2], [1, -1], CPU)
-    with pytest.raises(AssertionError, match="another tree"):
+    with pytest.raises(AssertionError, match=r"depth first|does not hang"):
         make_spans([2, 2, 2], [-1, -1, 0], CPU)

@@ -1,13 +1,13 @@
 """Rows of tokens laid end to end for one pass of a language model: no padding, and what rows share is there once.
 
-A `Row` is one prompt as the encoder made it. `pack` joins rows as they are; `share_prefixes` cuts the rows of one video
-into a tree first (video, then question, then option), which gives the same losses and scores as whole rows.
+A `Row` is one prompt as the encoder made it. `pack` joins rows as they are; `share_prefixes` cuts them into a tree
+first (instruction, then video, then question, then option), which gives the same losses and scores as whole rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Union
 
 import torch
 
@@ -28,7 +28,7 @@ Tree = tuple[list[Row], list[tuple[int, ...]]]
 
 
 def pack(rows: Sequence[Row], num_video_tokens: int, leaves: Sequence[tuple[int, ...]] = ()) -> TextRows:
-    """Join rows. A row's parent must stand before it, and a tree's rows together.
+    """Join rows. Trees stand depth first: a row, then all that hangs on it.
 
     Args:
         num_video_tokens: N, places that a video takes in its row.
@@ -84,30 +84,51 @@ def pack(rows: Sequence[Row], num_video_tokens: int, leaves: Sequence[tuple[int,
     )
 
 
-def share_prefixes(questions: Sequence[Sequence[Row]]) -> Tree:
-    """The rows of one video as a tree: what all share, then what the options of a question share, then the rest.
+Nest = Union[Row, Sequence["Nest"]]  # noqa: UP007
+"""A row, or a list of what shares more with one another than with the rest: [[[option, ...] of a question, ...] of a
+video, ...]."""
 
-    Args:
-        questions: for each question its whole rows, one an option (in training one); all of the same video.
+
+def share_prefixes(nest: Nest) -> Tree:
+    """Whole rows as a tree: what all share, then what each part of the nest shares, then the rest of each row.
+
+    Rows of different videos share what stands before the video at most.
+
     Returns:
-        the rows of the tree with their parents, and for each question the rows that end its options.
+        the rows of the tree with their parents, and for each innermost list the rows of the tree that end its rows.
     """
-    everything = [row for rows in questions for row in rows]
-    assert everything
-    assert all(row.parent == -1 and row.sample == everything[0].sample for row in everything)
     tree: list[Row] = []
-    common = _common_length(everything)
-    root = _add(tree, everything[0], 0, common, -1)
-    leaves = []
-    for rows in questions:
-        shared = max(common, _common_length(rows))
-        trunk = _add(tree, rows[0], common, shared, root)
-        leaves.append(tuple(_add(tree, row, shared, len(row.ids), trunk) for row in rows))
+    leaves: list[tuple[int, ...]] = []
+
+    def add(part: Nest, start: int, parent: int) -> None:
+        if isinstance(part, Row):
+            assert part.parent == -1, "a row that is cut already"
+            _add(tree, part, start, len(part.ids), parent)
+            return
+        rows = list(_rows(part))
+        stop = max(start, _common_length(rows))
+        trunk = _add(tree, rows[0], start, stop, parent)
+        ends = []
+        for inner in part:
+            add(inner, stop, trunk)
+            ends.append(len(tree) - 1)
+        if isinstance(part[0], Row):
+            leaves.append(tuple(ends))
+
+    add(nest, 0, -1)
     return tree, leaves
 
 
+def _rows(nest: Nest) -> Iterator[Row]:
+    if isinstance(nest, Row):
+        yield nest
+    else:
+        for inner in nest:
+            yield from _rows(inner)
+
+
 def pack_trees(trees: Sequence[Tree], num_video_tokens: int) -> TextRows:
-    """Join the trees of several videos."""
+    """Join trees."""
     rows: list[Row] = []
     leaves: list[tuple[int, ...]] = []
     for tree, ends in trees:
@@ -138,8 +159,9 @@ def _common_length(rows: Sequence[Row]) -> int:
     for row in rows[1:]:
         pairs = zip(head.ids[:length], row.ids[:length], head.labels[:length], row.labels[:length])
         length = next((i for i, (a, b, c, d) in enumerate(pairs) if (a, c) != (b, d)), length)
+    same = len({(row.video, row.sample) for row in rows}) == 1
     for first, end in {row.video for row in rows}:
-        # where a video begins after the cut, or all rows have it before the cut, nothing is in the way
-        if end and first <= length and (length < end or any(row.video != (first, end) for row in rows)):
+        # where a video begins after the cut, or all rows have the same one before the cut, nothing is in the way
+        if end and first <= length and (length < end or not same):
             length = first - 1
     return max(length, 0)

@@ -34,47 +34,69 @@ ATTENTION = "vlm_causal"
 _EXTRA = 8  # columns added for the bias: kernels want widths in eighths
 
 
+_TOGETHER = 256  # a tree of rows of so many tokens, or fewer, is attended in one call
+
+
 class Span(NamedTuple):
-    """Queries that are attended in one call: tokens [start, stop) see tokens [first_key, stop)."""
+    """Queries that are attended in one call: tokens [start, stop) see the tokens of earlier spans and their own."""
 
     start: int
     stop: int
-    first_key: int
-    mask: Tensor | None  # (stop - start, stop - first_key) bool; None: causal, and first_key is start
+    before: tuple[int, ...]  # numbers of the spans whose tokens are seen, in order
+    mask: Tensor | None  # (stop - start, tokens before + stop - start) bool; None: causal, with nothing before
 
 
 def make_spans(lengths: Sequence[int], parents: Sequence[int], where: torch.device) -> tuple[Span, ...]:
-    """How to attend rows that form trees: a plain causal call for each root, a masked one for all that hangs on it.
+    """How to attend rows that form trees: a causal call for a row alone, one call for a small tree, else row by row.
 
     Args:
         lengths: tokens of each row, laid end to end.
-        parents: for each row the row that it goes on from, or -1; a tree's rows stand together, root first.
+        parents: for each row the row that it goes on from, or -1; trees stand depth first.
         where: device of the masks.
     """
-    starts = [0]
+    starts, ends = [0], list(range(1, len(lengths) + 1))
     for length in lengths:
         starts.append(starts[-1] + length)
-    roots = [row for row, parent in enumerate(parents) if parent < 0]
-    assert not lengths or roots[:1] == [0], "the first row has a parent"
-    spans = []
-    for root, end in zip(roots, [*roots[1:], len(lengths)]):
-        first, after_root, stop = starts[root], starts[root + 1], starts[end]
-        spans.append(Span(first, after_root, first, None))
-        if end == root + 1:
-            continue
-        mask = torch.zeros(stop - after_root, stop - first, dtype=torch.bool, device=where)
-        for row in range(root + 1, end):
-            queries = mask[starts[row] - after_root : starts[row + 1] - after_root]
-            own = lengths[row]
-            ones = torch.ones(own, own, dtype=torch.bool, device=where)
-            queries[:, starts[row] - first : starts[row + 1] - first] = ones.tril()
-            ancestor = parents[row]
-            while ancestor >= 0:
-                assert root <= ancestor < row, f"row {row} hangs on row {ancestor} of another tree"
-                queries[:, starts[ancestor] - first : starts[ancestor + 1] - first] = True
-                ancestor = parents[ancestor]
-        spans.append(Span(after_root, stop, first, mask))
+    for row in reversed(range(len(lengths))):
+        if parents[row] >= 0:
+            assert parents[row] < row, f"row {row} stands before its parent"
+            ends[parents[row]] = max(ends[parents[row]], ends[row])
+    spans: list[Span] = []
+    seen_by: list[tuple[int, ...]] = []  # of each row attended alone: its span and those of its ancestors
+    row = 0
+    while row < len(lengths):
+        parent, end = parents[row], ends[row]
+        assert parent < 0 or end <= ends[parent], f"the tree of row {parent} does not stand depth first"
+        before = seen_by[parent] if parent >= 0 else ()
+        if starts[end] - starts[row] > _TOGETHER:
+            end = row + 1
+        start, stop = starts[row], starts[end]
+        mask = None
+        if before or end > row + 1:
+            past = sum(spans[number].stop - spans[number].start for number in before)
+            mask = torch.ones(stop - start, past + stop - start, dtype=torch.bool, device=where)
+            mask[:, past:] = _tree_mask(row, end, starts, parents, where)
+        seen_by += [(*before, len(spans))] * (end - row)
+        spans.append(Span(start, stop, before, mask))
+        row = end
     return tuple(spans)
+
+
+def _tree_mask(row: int, end: int, starts: Sequence[int], parents: Sequence[int], where: torch.device) -> Tensor:
+    """What the tokens of a tree's rows [row, end) see of one another, (tokens, tokens) bool."""
+    size = starts[end] - starts[row]
+    mask = torch.ones(size, size, dtype=torch.bool, device=where).tril()
+    for later in range(row + 1, end):
+        path, at = {later}, later
+        while at != row:
+            at = parents[at]
+            assert at >= row, f"row {later} does not hang on row {row}"
+            path.add(at)
+        for other in range(row, later):
+            if other not in path:
+                across = slice(starts[other] - starts[row], starts[other + 1] - starts[row])
+                mask[starts[later] - starts[row] : starts[later + 1] - starts[row], across] = False
+    return mask
 
 
 class Gates(nn.Module):
@@ -188,11 +210,11 @@ def _attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], dropou
         if span.mask is None:
             out.append(attention(own_q, own_k, own_v, dropout=dropout, causal=True, scale=scale))
             continue
-        assert span.first_key == spans[number - 1].start
-        all_k, all_v = (torch.cat([part[number - 1], part[number]], dim=2) for part in parts[1:])
+        if span.before:
+            own_k, own_v = (torch.cat([part[n] for n in (*span.before, number)], dim=2) for part in parts[1:])
         out.append(
             functional.scaled_dot_product_attention(
-                own_q, all_k, all_v, attn_mask=span.mask, dropout_p=dropout, scale=scale
+                own_q, own_k, own_v, attn_mask=span.mask, dropout_p=dropout, scale=scale
             )
         )
     return torch.cat(out, dim=2)

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from vlm.data.packing import Row, pack, pack_trees, share_prefixes
-from vlm.types import IGNORE, Batch, TextRows
+from vlm.data.packing import Row, pack, pack_trees, row_of, share_prefixes
+from vlm.types import IGNORE, Batch, TextRows, Tokens
 
 X = IGNORE
 
@@ -140,6 +140,12 @@ def test_rows_of_two_videos_share_the_instruction_alone() -> None:
     packed = pack_trees([(tree, leaves)], 2)
     assert packed.sources.tolist() == [0, 1, 2, 3]
     assert [whole(tree, leaf) for (leaf,) in leaves] == [row for ((row,),) in rows]
+
+
+def test_encoded_prompts_become_rows() -> None:
+    tokens = Tokens((1, 0, 0, 5), (X, X, X, 5), (1, 3))
+    assert row_of(tokens, 4) == Row((1, 0, 0, 5), (X, X, X, 5), (1, 3), sample=4)
+    assert row_of(tokens, blind=True) == Row((1, 0, 0, 5), (X, X, X, 5))
 
 
 def test_batches_move_whole() -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from vlm.data.packing import Row, pack, pack_trees, share_prefixes
+from vlm.data.packing import Row, pack, pack_trees, row_of, share_prefixes
 from vlm.data.prompts import PromptEncoder
 from vlm.data.views import VIEWS, Item, without_lead
 from vlm.models.vamos import Vamos
@@ -120,7 +120,7 @@ class Run:
         prompt = view(item, choice, skip=3) if objective == "cap" else view(item, choice)  # type: ignore[call-arg]
         tokens = encoder.encode(prompt)
         assert tokens.dropped == 0
-        return Row(tokens.ids, tokens.labels, tokens.video if video else (0, 0), sample)
+        return row_of(tokens, sample, blind=not video)
 
     def micro_batch(self, micro: dict[str, Any]) -> Batch:
         video = micro["use_vis"] is not False

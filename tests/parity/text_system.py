@@ -42,6 +42,16 @@ class TextSystemParity:
         unreached = {n for n in ours - reached if not n.startswith("visual_proj")}
         assert not unreached
 
+    def test_constants(self, values: Any, model: Vamos) -> None:
+        """An epsilon ten times too large moves the losses less than the tolerance, so it is read off the modules."""
+        params = values["params_json"]
+        norms = {m.variance_epsilon for m in model.modules() if hasattr(m, "variance_epsilon")}
+        assert norms == {params["norm_eps"]}
+        theta = params.get("rope_theta", 10000.0)
+        width = params["dim"] // params["n_heads"]
+        have = torch.tensor(model.llm.model.rotary_emb.frequencies)
+        assert_close(have, theta ** (-torch.arange(0, width, 2) / width), rtol=1e-6, atol=0)
+
     def test_losses(self, values: Any, model: Vamos, batch: Batch) -> None:
         terms = model(batch)
         assert model.counts(batch) == {name: term.count for name, term in terms.items()}

@@ -11,7 +11,7 @@ from typing import NamedTuple, Union
 
 import torch
 
-from vlm.types import IGNORE, TextRows
+from vlm.types import IGNORE, TextRows, Tokens
 
 
 class Row(NamedTuple):
@@ -25,6 +25,12 @@ class Row(NamedTuple):
 
 
 Tree = tuple[list[Row], list[tuple[int, ...]]]
+
+
+def row_of(tokens: Tokens, sample: int = 0, *, blind: bool = False) -> Row:
+    """An encoded prompt as a row. `blind`: the video's places keep the id 0 instead of taking video tokens, as in
+    Vamos' runs on captions alone."""
+    return Row(tokens.ids, tokens.labels, (0, 0) if blind else tokens.video, sample)
 
 
 def pack(rows: Sequence[Row], num_video_tokens: int, leaves: Sequence[tuple[int, ...]] = ()) -> TextRows:

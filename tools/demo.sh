@@ -17,7 +17,7 @@ fi
 
 # Corpus and shards follow from these files alone, so they are made again when one of them changes. Both programs
 # continue what was interrupted.
-made_from=$(cat vlm/sources/shapes.py tools/make_shards.py vlm/data/shard*.py vlm/data/video.py | cksum)
+made_from=$(cat vlm/sources/*shapes.py tools/make_shards.py vlm/data/shard*.py vlm/data/video.py | cksum)
 if [ -f "$data/.made_from" ] && [ "$(cat "$data/.made_from")" != "$made_from" ]; then
     echo "make demo: the programs that made $data have changed; removing it and making it again"
     rm -rf "$data"

@@ -7,6 +7,7 @@ import pytest
 import torch
 import zero_worker
 from launching import ROOT, run
+from torch.utils.cpp_extension import _get_build_directory
 
 from vlm.config import override
 from vlm.recipe import load
@@ -63,7 +64,7 @@ def test_losses_agree_with_plain_pytorch_over_zero_stages():
 @pytest.mark.slow
 def test_offload_agrees_too():
     """Compiles DeepSpeed's CPU Adam on a fresh machine (one to two minutes)."""
-    (Path(torch.utils.cpp_extension._get_build_directory("cpu_adam", verbose=False)) / "lock").touch()  # stale
+    (Path(_get_build_directory("cpu_adam", verbose=False)) / "lock").touch()  # stale
     results = worker("3,3_offload", "fp32")
     for got, want in zip(results["fp32/3_offload"], results["fp32/3"]):
         assert got[0] == pytest.approx(want[0], rel=1e-4)

@@ -24,10 +24,10 @@ def test_every_recipe_builds_and_documents_itself(name):
     with torch.device("meta"):
         model = load(name, overrides).model.build()
     assert set(recipe.views) == {"pixels"} if name.startswith("video_mae") else {"label"}
-    assert model.input_shape[1] == recipe.clips.num_frames
-    assert model.input_shape[2:] == (recipe.clips.size, recipe.clips.size)
+    assert model.input_shape[1] == recipe.inputs.num_frames
+    assert model.input_shape[2:] == (recipe.inputs.size, recipe.inputs.size)
     if hasattr(recipe.model, "num_classes"):
-        assert recipe.model.num_classes == recipe.clips.num_classes
+        assert recipe.model.num_classes == recipe.inputs.num_classes
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_published_fine_tuning_numbers(name, lr, batch, epochs, layer_decay, tra
     with torch.device("meta"):
         model = recipe.model.build()
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
-    assert (recipe.clips.repeats, recipe.clips.test_clips, recipe.clips.test_crops) == (2, 2, 3)
-    assert not recipe.clips.flip
+    assert (recipe.inputs.repeats, recipe.inputs.test_clips, recipe.inputs.test_crops) == (2, 2, 3)
+    assert not recipe.inputs.flip
     total = steps_of(recipe, SSV2_TRAIN)
     assert total == math.ceil(epochs * SSV2_TRAIN / batch)
     schedule = schedule_of(recipe, SSV2_TRAIN, total)
@@ -61,7 +61,7 @@ def test_pretraining_numbers():
     recipe = load("video_mae.ssv2_s")
     assert recipe.optim.lr == pytest.approx(1.2e-3)
     assert recipe.optim.betas == (0.9, 0.95)
-    assert (recipe.clips.stride, recipe.clips.mask_ratio, recipe.epochs) == (2, 0.9, 2400)
+    assert (recipe.inputs.stride, recipe.inputs.mask_ratio, recipe.epochs) == (2, 0.9, 2400)
 
 
 def test_steps_decide_over_epochs_only_where_they_are_given():

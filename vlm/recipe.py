@@ -28,7 +28,7 @@ class ModelConfig(Protocol):
 
 
 class ClipPipeline(Protocol):
-    """What a recipe's `clips` must offer: record -> examples -> batch (vlm.data.clips)."""
+    """What a recipe's `inputs` must offer: record -> examples -> batch (vlm.data.clips)."""
 
     repeats: int
 
@@ -107,7 +107,7 @@ class Recipe:
 
     model: Any
     """Architecture: a config dataclass with build()."""
-    clips: Any
+    inputs: Any
     """From record to example: a config dataclass of vlm.data.clips."""
     data: TrainData
     optim: OptimConfig

@@ -83,7 +83,7 @@ def test_a_video_twice_in_a_batch_of_two_mixes_with_itself() -> None:
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_an_odd_batch_is_refused_whether_or_not_it_would_be_mixed(probability: float) -> None:
     settings = {**SETTINGS, "probability": probability}
-    with pytest.raises(UserError, match=r"has 3 \(an odd number\).*clips.repeats=2"):
+    with pytest.raises(UserError, match=r"has 3 \(an odd number\).*inputs.repeats=2"):
         mixup.mix_batch(
             torch.zeros(3, 3, 2, 4, 4), torch.tensor([0, 1, 2]), **settings, generator=np.random.RandomState(0)
         )

@@ -122,7 +122,7 @@ def test_other_frozen_weights_are_refused(world, tmp_path):
 
 def test_another_shape_is_refused_by_name(world, tmp_path):
     folder = save(Engine(*make_engine(world), world), tmp_path, 1)
-    recipe = override(load("vit_llama.debug"), ["model.num_classes=9", "clips.num_classes=9"])
+    recipe = override(load("vit_llama.debug"), ["model.num_classes=9", "inputs.num_classes=9"])
     with pytest.raises(UserError, match=r"head\.weight"):
         checkpoint.load_weights(folder, recipe.model.build())
 

@@ -32,7 +32,7 @@ def test_help_fits_a_screen_and_names_recipes(main, capsys):
 def test_help_all_lists_every_field_with_its_meaning(capsys):
     assert train_main(["--recipe", "vit_llama.ssv2_s_llama", "--help-all"]) == 0
     page = capsys.readouterr().out
-    for path in ("model.llama.layer = 15", "clips.randaugment", "optim.layer_decay = 0.7", "checkpoint_every"):
+    for path in ("model.llama.layer = 15", "inputs.randaugment", "optim.layer_decay = 0.7", "checkpoint_every"):
         assert path in page
     assert "Peak learning rate" in page
 

@@ -45,7 +45,7 @@ def recipe() -> Recipe:
     )
     return Recipe(
         model=model,
-        clips=None,
+        inputs=None,
         data=TrainData(shards="none"),
         optim=OptimConfig(lr=LR, betas=(0.9, 0.95), weight_decay=0.14),
         views=VIEWS,

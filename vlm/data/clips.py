@@ -96,54 +96,54 @@ class ClipConfig:
         self._check_mixing()
         if self.short_side < self.size:
             raise ValueError(
-                f"clips.short_side is {self.short_side}, less than clips.size={self.size}: "
+                f"inputs.short_side is {self.short_side}, less than inputs.size={self.size}: "
                 "a test crop would not fit into the frame; raise short_side or lower size"
             )
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(
-                f"clips.crop_scale is {self.crop_scale}; it must be two shares with 0 < least <= most <= 1"
+                f"inputs.crop_scale is {self.crop_scale}; it must be two shares with 0 < least <= most <= 1"
             )
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"clips.crop_ratio is {self.crop_ratio}; it must be two ratios with 0 < least <= most")
+            raise ValueError(f"inputs.crop_ratio is {self.crop_ratio}; it must be two ratios with 0 < least <= most")
         if self.randaugment is not None:
             try:
                 parse_randaugment(self.randaugment)
             except ValueError as error:
-                raise ValueError(f"clips.randaugment: {error}") from error
+                raise ValueError(f"inputs.randaugment: {error}") from error
 
     def _check_sampling(self) -> None:
         if self.sampling not in ("segments", "dense"):
-            raise ValueError(f"clips.sampling is {self.sampling!r}; it must be segments or dense")
+            raise ValueError(f"inputs.sampling is {self.sampling!r}; it must be segments or dense")
         if self.test_offsets not in ("middle", "random"):
-            raise ValueError(f"clips.test_offsets is {self.test_offsets!r}; it must be middle or random")
+            raise ValueError(f"inputs.test_offsets is {self.test_offsets!r}; it must be middle or random")
         segments = self.sampling == "segments"
         if segments and self.stride is not None:
             raise ValueError(
-                f"clips.stride={self.stride} means nothing with clips.sampling=segments, where the frames' distance "
-                "follows from the length of the video; set clips.stride=none or clips.sampling=dense"
+                f"inputs.stride={self.stride} means nothing with inputs.sampling=segments, where the frames' distance "
+                "follows from the length of the video; set inputs.stride=none or inputs.sampling=dense"
             )
         if not segments and (self.stride is None or self.stride < 1):
-            raise ValueError(f"clips.sampling=dense needs clips.stride >= 1, but it is {self.stride}")
+            raise ValueError(f"inputs.sampling=dense needs inputs.stride >= 1, but it is {self.stride}")
         if segments and self.test_clips > 2:
             raise ValueError(
-                f"clips.test_clips is {self.test_clips}, but clips.sampling=segments defines 1 (middle frames) or 2"
+                f"inputs.test_clips is {self.test_clips}, but inputs.sampling=segments defines 1 (middle frames) or 2"
             )
         if self.test_offsets == "random" and not (segments and self.test_clips == 1):
             raise ValueError(
-                f"clips.test_offsets=random needs clips.sampling=segments and clips.test_clips=1, "
+                f"inputs.test_offsets=random needs inputs.sampling=segments and inputs.test_clips=1, "
                 f"but they are {self.sampling} and {self.test_clips}"
             )
 
     def _check_mixing(self) -> None:
         if self.mixup_probability != 1.0 and not (self.mixup or self.cutmix):
             raise ValueError(
-                f"clips.mixup_probability={self.mixup_probability} means nothing while clips.mixup and clips.cutmix "
+                f"inputs.mixup_probability={self.mixup_probability} means nothing while inputs.mixup and inputs.cutmix "
                 "are 0; set one of them, or leave it at 1.0"
             )
         if self.switch_probability != 0.5 and not (self.mixup and self.cutmix):
             raise ValueError(
-                f"clips.switch_probability={self.switch_probability} means nothing unless both clips.mixup and "
-                f"clips.cutmix are on (they are {self.mixup} and {self.cutmix}); leave it at 0.5"
+                f"inputs.switch_probability={self.switch_probability} means nothing unless both inputs.mixup and "
+                f"inputs.cutmix are on (they are {self.mixup} and {self.cutmix}); leave it at 0.5"
             )
 
     def train(self, record: Record, rng: SampleRng) -> list[Example]:
@@ -256,8 +256,8 @@ class ClipConfig:
         label = record.annotation.get("label")
         if not isinstance(label, int) or not 0 <= label < self.num_classes:
             raise UserError(
-                f"{record.shard}: record {record.key!r} has label {label!r}, but clips.num_classes={self.num_classes} "
-                f"allows 0 … {self.num_classes - 1}: shard it with a label list, or set clips.num_classes"
+                f"{record.shard}: record {record.key!r} has label {label!r}, but inputs.num_classes={self.num_classes} "
+                f"allows 0 … {self.num_classes - 1}: shard it with a label list, or set inputs.num_classes"
             )
         return label
 
@@ -294,17 +294,17 @@ class MaskedClipConfig:
         for whole, part in (("size", "patch_size"), ("num_frames", "tubelet_size")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
-                    f"clips.{whole}={getattr(self, whole)} is not a multiple of clips.{part}={getattr(self, part)}"
+                    f"inputs.{whole}={getattr(self, whole)} is not a multiple of inputs.{part}={getattr(self, part)}"
                 )
         positions = (self.size // self.patch_size) ** 2
         if not 0 < num_hidden(positions, self.mask_ratio) < positions:
             raise ValueError(
-                f"clips.mask_ratio={self.mask_ratio} hides {num_hidden(positions, self.mask_ratio)} of the {positions} "
-                "positions of a time slice; at least one must be hidden and one visible"
+                f"inputs.mask_ratio={self.mask_ratio} hides {num_hidden(positions, self.mask_ratio)} of the "
+                f"{positions} positions of a time slice; at least one must be hidden and one visible"
             )
         if not self.crop_scales or not all(0 < scale <= 1 for scale in self.crop_scales):
             raise ValueError(
-                f"clips.crop_scales is {self.crop_scales}; it must be shares of the shorter side, 0 < … <= 1"
+                f"inputs.crop_scales is {self.crop_scales}; it must be shares of the shorter side, 0 < … <= 1"
             )
 
     def train(self, record: Record, rng: SampleRng) -> list[Example]:
@@ -382,15 +382,17 @@ def _bytes(record: Record) -> bytes:
 def _at_least(config: object, least: int, names: Iterable[str]) -> None:
     for name in names:
         if getattr(config, name) < least:
-            raise ValueError(f"clips.{name} is {getattr(config, name)}; it must be at least {least}")
+            raise ValueError(f"inputs.{name} is {getattr(config, name)}; it must be at least {least}")
 
 
 def _shares(config: object, names: Iterable[str]) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"clips.{name} is {getattr(config, name)}; it must be between 0 and 1")
+            raise ValueError(f"inputs.{name} is {getattr(config, name)}; it must be between 0 and 1")
 
 
 def _colours(config: ClipConfig | MaskedClipConfig) -> None:
     if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
-        raise ValueError(f"clips.mean={config.mean} and clips.std={config.std} must be three numbers each, std above 0")
+        raise ValueError(
+            f"inputs.mean={config.mean} and inputs.std={config.std} must be three numbers each, std above 0"
+        )

@@ -130,5 +130,5 @@ def _check_even(batch_size: int) -> None:
     if batch_size % 2:
         raise UserError(
             f"mixup and CutMix pair the clips of a micro-batch, but it has {batch_size} (an odd number): "
-            "set clips.repeats=2, choose an even micro-batch, or set clips.mixup=0 clips.cutmix=0"
+            "set inputs.repeats=2, choose an even micro-batch, or set inputs.mixup=0 inputs.cutmix=0"
         )

@@ -14,7 +14,7 @@ def ssv2_s() -> Recipe:
     """ViT-S, 2,400 epochs at batch 2,048."""
     return Recipe(
         model=video_mae_small(),
-        clips=MaskedClipConfig(stride=2),
+        inputs=MaskedClipConfig(stride=2),
         data=TrainData(shards="data/ssv2/train", workers=8),
         optim=OptimConfig(
             lr=1.5e-4 * 2048 / 256,
@@ -52,7 +52,7 @@ def debug() -> Recipe:
             patch_size=8,
             num_frames=8,
         ),
-        clips=MaskedClipConfig(num_frames=8, size=32, stride=1, patch_size=8, mask_ratio=0.75),
+        inputs=MaskedClipConfig(num_frames=8, size=32, stride=1, patch_size=8, mask_ratio=0.75),
         data=TrainData(shards="data/demo/shards/train", workers=0),
         optim=OptimConfig(lr=1e-3, warmup_steps=2),
         global_batch_size=8,

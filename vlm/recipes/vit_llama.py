@@ -18,7 +18,7 @@ def ssv2_s() -> Recipe:
     """ViT-S without LLaMA: the paper's baseline (64.71 / 89.15 top-1 / top-5 published)."""
     return Recipe(
         model=vit_small(init_from=Path("pretrained/videomae/ssv2_vit_s_2400.pth")),
-        clips=ClipConfig(),
+        inputs=ClipConfig(),
         data=TrainData(shards="data/ssv2/train", workers=8),
         optim=_finetuning(base_lr=1e-3, batch=24, layer_decay=0.7),
         views={"label": 1.0},
@@ -72,7 +72,7 @@ def demo() -> Recipe:
             init_scale=1.0,
             llama=LlamaLayerConfig(layer=0, dim=64, heads=2),
         ),
-        clips=ClipConfig(
+        inputs=ClipConfig(
             num_frames=8,
             size=32,
             short_side=32,

@@ -54,7 +54,7 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
             "shards_fingerprint": shards.fingerprint,
             "clips": len(shards),
             "unscored": len(unscored),
-            "protocol": {"eval": to_dict(recipe.eval), "clips": to_dict(recipe.clips)},
+            "protocol": {"eval": to_dict(recipe.eval), "inputs": to_dict(recipe.inputs)},
             "seconds": time.monotonic() - started,
         }
         _write(folder / "evaluation.json", about)
@@ -125,7 +125,7 @@ def _groups(
     recipe: Recipe, config: EvalConfig, shards: ShardSet, probes: tuple[str, ...], rows: range
 ) -> Iterator[list[Item]]:
     group: list[Item] = []
-    for item in eval_loader(shards, recipe.clips, probes, recipe.seed, rows, config.workers):
+    for item in eval_loader(shards, recipe.inputs, probes, recipe.seed, rows, config.workers):
         group.append(item)
         if len(group) == config.batch_size:
             yield group

@@ -85,7 +85,7 @@ def _train_steps(
     world, root = engine.world, recipe.run_dir / "checkpoints"
     loader = TrainLoader(
         shards,
-        recipe.clips,
+        recipe.inputs,
         seed=recipe.seed,
         global_batch_size=recipe.global_batch_size,
         world_size=world.size,

@@ -91,6 +91,34 @@ class Tokens(NamedTuple):
     excess: int = 0  # tokens beyond the limit that stayed, since nothing was left that may be shortened
 
 
+class Row(NamedTuple):
+    """One row of tokens, or the part of it that comes after its parent row (vlm.data.packing)."""
+
+    ids: tuple[int, ...]  # (L,) as in Tokens
+    labels: tuple[int, ...]  # (L,)
+    video: tuple[int, int] = (0, 0)  # first of the places that the video takes and the one after the last
+    sample: int = 0  # which video of the batch goes there
+    parent: int = -1  # the row (counted in the list given to `pack`) that this one goes on from
+
+
+class Visit(NamedTuple):
+    """Why a record is read in training: one position of the order."""
+
+    part: int | None = None  # which of its questions; None: the record is one sample
+    epoch: int = 0  # in which pass over the data, from 0
+    views: tuple[str, ...] = ()  # the losses that the recipe weighs
+
+
+class Ask(NamedTuple):
+    """One thing that a test record is asked: a row of predictions.jsonl to be."""
+
+    key: str
+    truth: int | None  # class or option; None: not published
+    kind: str | None = None  # kind of a question ("" where its dataset has none); None: it is no question
+    question: str = ""
+    options: tuple[str, ...] = ()
+
+
 class Incident(NamedTuple):
     """A record that could not be used at run time: a row of the quarantine ledger."""
 
@@ -101,6 +129,10 @@ class Incident(NamedTuple):
     position: int  # position in the endless training order at which it was met
 
 
+COUNTERS = ("rows_shortened", "tokens_dropped", "rows_too_long")
+"""What is counted of rows of text that do not fit: rows that lost tokens, the tokens, rows that stayed too long."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Example:
     """One training or test item after decoding and transforms, before collation."""
@@ -108,6 +140,10 @@ class Example:
     key: str
     video: Tensor | None = None  # (C, T, H, W) float32, normalised
     label: int | None = None
+    features: Tensor | None = None  # (V, N, D) float32: features of frames of each cut of the video that is asked about
+    rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)  # view name -> rows; Row.sample counts cuts
+    options: tuple[tuple[Row, ...], ...] = ()  # test: for each question a row for each option
+    counters: dict[str, int] = field(default_factory=dict)  # what had to be cut, by `COUNTERS`
 
 
 @dataclass(slots=True, kw_only=True)
@@ -152,6 +188,7 @@ class Batch:
     views: dict[str, TextRows] = field(default_factory=dict)  # view name (= loss name) -> its rows
     options: TextRows | None = None  # rows that score the options of questions (evaluation)
     incidents: tuple[Incident, ...] = ()
+    counters: dict[str, int] = field(default_factory=dict)  # what had to be cut, by `COUNTERS`
 
     def to(self, where: device | str) -> Batch:
         """The same batch on a device. Precision is not touched: a model casts what it multiplies, targets stay fp32."""
@@ -178,13 +215,20 @@ Losses = dict[str, LossTerm]  # loss name (= view name = weight key = log key) -
 
 @dataclass(slots=True, kw_only=True)
 class Prediction:
-    """One row of predictions.jsonl. `probes` holds the scores under conditions that should break the model."""
+    """One row of predictions.jsonl. `probes` holds the scores under conditions that should break the model.
+
+    Rows of clips have a score a class, rows of questions a score an option: the largest is the prediction.
+    """
 
     key: str
     truth: int
     prediction: int
     scores: list[float]
     probes: dict[str, list[float]] = field(default_factory=dict)
+    kind: str | None = None  # kind of a question ("" where its dataset has none); None: a clip and its classes
+    video: str = ""  # of a question: the record that it is about
+    question: str = ""
+    options: list[str] = field(default_factory=list)
 
 
 class UserError(ValueError):

@@ -7,21 +7,11 @@ first (instruction, then video, then question, then option), which gives the sam
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Union
+from typing import Union
 
 import torch
 
-from vlm.types import IGNORE, TextRows, Tokens
-
-
-class Row(NamedTuple):
-    """One row of tokens, or the part of it that comes after its parent row."""
-
-    ids: tuple[int, ...]  # (L,) as in Tokens
-    labels: tuple[int, ...]  # (L,)
-    video: tuple[int, int] = (0, 0)  # first of the places that the video takes and the one after the last
-    sample: int = 0  # which video of the batch goes there
-    parent: int = -1  # the row (counted in the list given to `pack`) that this one goes on from
+from vlm.types import IGNORE, Row, TextRows, Tokens
 
 
 Tree = tuple[list[Row], list[tuple[int, ...]]]
@@ -95,11 +85,14 @@ Nest = Union[Row, Sequence["Nest"]]  # noqa: UP007
 video, ...]."""
 
 
-def share_prefixes(nest: Nest) -> Tree:
+def share_prefixes(nest: Nest, *, learnt: bool = True) -> Tree:
     """Whole rows as a tree: what all share, then what each part of the nest shares, then the rest of each row.
 
     Rows of different videos share what stands before the video at most.
 
+    Args:
+        learnt: also share tokens that are to be predicted. They are then predicted once, which leaves scores of options
+            as they are; in training each row must predict its own.
     Returns:
         the rows of the tree with their parents, and for each innermost list the rows of the tree that end its rows.
     """
@@ -112,7 +105,7 @@ def share_prefixes(nest: Nest) -> Tree:
             _add(tree, part, start, len(part.ids), parent)
             return
         rows = list(_rows(part))
-        stop = max(start, _common_length(rows))
+        stop = max(start, _common_length(rows, learnt))
         trunk = _add(tree, rows[0], start, stop, parent)
         ends = []
         for inner in part:
@@ -155,7 +148,7 @@ def _add(tree: list[Row], row: Row, start: int, stop: int, parent: int) -> int:
     return len(tree) - 1
 
 
-def _common_length(rows: Sequence[Row]) -> int:
+def _common_length(rows: Sequence[Row], learnt: bool) -> int:
     """Tokens that all rows begin with, labels and slots included; the last token of a row is never among them, and a
     video is never cut nor parted from the token before it. One row alone shares nothing."""
     if len(rows) == 1:
@@ -165,6 +158,8 @@ def _common_length(rows: Sequence[Row]) -> int:
     for row in rows[1:]:
         pairs = zip(head.ids[:length], row.ids[:length], head.labels[:length], row.labels[:length])
         length = next((i for i, (a, b, c, d) in enumerate(pairs) if (a, c) != (b, d)), length)
+    if not learnt:
+        length = next((i for i, label in enumerate(head.labels[:length]) if label != IGNORE), length)
     same = len({(row.video, row.sample) for row in rows}) == 1
     for first, end in {row.video for row in rows}:
         # where a video begins after the cut, or all rows have the same one before the cut, nothing is in the way

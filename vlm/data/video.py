@@ -28,6 +28,8 @@ Source = bytes | Path
 _PYAV_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError, RuntimeError)
 _CHECKED_READS = (3, 5, 8, 16)  # evenly spaced frames that check_decoders compares, read by read
 _MAX_CHECK_BYTES = 256 << 20  # memory one of these reads may take
+_LEAPS = (-1.0, 60.0)  # seconds from frame to frame beyond which a clock has leapt (smaller steps back: it jitters)
+_TICK = 6e-4  # seconds by which containers round the times of frames
 
 
 class DecodeError(Exception):
@@ -118,6 +120,37 @@ def decode(data: Source, indices: Sequence[int], *, decoders: Sequence[str] = ("
         with suppress(DecodeError):  # PyAV answers instead, and has the last word on what is wrong
             return _decode_decord(data, wanted)
     return _decode_pyav(data, wanted)
+
+
+def frames_at(data: Source, fps: float, warnings: list[str]) -> Iterator[np.ndarray]:
+    """The pictures on show at seconds 0, 1/fps, 2/fps, … after the first frame: uint8 (H, W, 3), as from `decode`.
+
+    By the frames' own times, so also where the frame rate varies; decoded once, none kept. A video of s seconds has
+    ceil(s * fps) of them, at least one. `warnings` gets what `inspect` would warn of; DecodeError as from `decode`.
+    """
+    with _opened(data) as (container, stream):
+        reader = _FrameReader(stream, container)
+        nominal = _nominal_fps(stream)
+        step = 1 / nominal if nominal else 0.0
+        first, shown, start, now, count = None, None, 0.0, 0.0, 0  # start: the container's time of second 0
+        for frame in reader:
+            next_time = 0.0 if shown is None else now + step
+            if frame.time is not None:
+                if shown is None or not _LEAPS[0] < frame.time - start - now <= _LEAPS[1]:
+                    start = frame.time - next_time
+                next_time = max(now, frame.time - start)
+            while shown is not None and count / fps < next_time - _TICK:
+                yield _to_rgb(shown, first, reader.count - 2)
+                count += 1
+            first, shown, now = first or frame, frame, next_time
+        if shown is None:
+            raise DecodeError(f"no frame of the video stream decodes ({reader.stopped or 'the stream is empty'})")
+        last = float(shown.duration * shown.time_base) if shown.duration and shown.time_base else step
+        now += last if last <= _LEAPS[1] else step
+        while count / fps < now - _TICK or not count:
+            yield _to_rgb(shown, first, reader.count - 1)
+            count += 1
+        warnings += _header_warnings(container, stream, reader, now)
 
 
 def check_decoders(data: Source, info: VideoInfo) -> tuple[str, ...]:
@@ -265,9 +298,12 @@ def _quarter_turns(frame: Any) -> tuple[int, int]:
     return (0, angle) if angle % 90 else (angle // 90 % 4, 0)
 
 
-def _to_rgb(frame: Any, first: Any) -> np.ndarray:
-    """(H, W, 3) uint8 of one frame, at the size of the stream's first frame, turned upright."""
-    picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height, threads=1)
+def _to_rgb(frame: Any, first: Any, index: int) -> np.ndarray:
+    """(H, W, 3) uint8 of the frame of an index, at the size of the stream's first frame, turned upright."""
+    try:
+        picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height, threads=1)
+    except _PYAV_ERRORS as error:
+        raise DecodeError(f"frame {index} cannot be turned into RGB ({_plain(error)})") from error
     return np.rot90(picture, _quarter_turns(first)[0])
 
 
@@ -280,11 +316,7 @@ def _pictures(data: Source, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]
         for index, frame in enumerate(reader):
             first = first or frame
             if index in wanted:
-                try:
-                    picture = _to_rgb(frame, first)
-                except _PYAV_ERRORS as error:
-                    raise DecodeError(f"frame {index} cannot be turned into RGB ({_plain(error)})") from error
-                yield index, picture
+                yield index, _to_rgb(frame, first, index)
             if index == last:
                 return
         cause = f": {reader.stopped}" if reader.stopped else ""

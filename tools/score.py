@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 from vlm.config import differences
-from vlm.metrics.classify import classification_metrics
-from vlm.run.run_folder import read_json, read_predictions
+from vlm.run.run_folder import kinds_of, metrics_of, read_json, read_predictions
 from vlm.types import UserError
 
 
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 def score(run: Path, write: bool) -> int:
     """0: metrics.json agrees with the predictions (or was written); 1: it does not, or is missing."""
     path = run / "metrics.json"
-    metrics = classification_metrics(read_predictions(run / "predictions.jsonl"))
+    metrics = metrics_of(read_predictions(run / "predictions.jsonl"), kinds_of(run))
     print(json.dumps(metrics, indent=1))
     if write:
         temporary = path.with_name(f".{path.name}.tmp")

@@ -11,30 +11,19 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from vlm.config import override
-from vlm.data.rng import SampleRng
 from vlm.models.system import System
-from vlm.types import Batch, Example, Record, UserError
+from vlm.types import UserError
 
 
 class ModelConfig(Protocol):
     """What a recipe's `model` must offer."""
 
     def build(self) -> System: ...
-
-
-class ClipPipeline(Protocol):
-    """What a recipe's `inputs` must offer: record -> examples -> batch (vlm.data.clips)."""
-
-    repeats: int
-
-    def train(self, record: Record, rng: SampleRng) -> list[Example]: ...
-
-    def collate(self, examples: list[Example], rng: SampleRng) -> Batch: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,9 +79,13 @@ class EvalConfig:
     workers: int = 4
     """Loader processes a rank."""
     batch_size: int = 8
-    """Videos decoded for one forward pass (each gives all its views)."""
+    """Videos scored in one forward pass (each gives all its views, or all its questions)."""
     probes: tuple[str, ...] = ()
-    """Extra conditions scored on the same clips: one_frame, shuffled_frames. They show what the model does not use."""
+    """Extra conditions that show what the model uses: one_frame, shuffled_frames (clips), blind (questions)."""
+    kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name in the metrics -> kinds of questions that papers report together; each kind alone is reported anyway."""
+    at_start: bool = False
+    """Evaluate before the first step too (ViCo's --init_eval), into the folder `before_training`."""
     at_end: bool = True
     """Evaluate when training ends."""
     every: int = 0
@@ -108,13 +101,13 @@ class Recipe:
     model: Any
     """Architecture: a config dataclass with build()."""
     inputs: Any
-    """From record to example: a config dataclass of vlm.data.clips."""
+    """From record to example: a config dataclass of vlm.data.clips or vlm.data.questions."""
     data: TrainData
     optim: OptimConfig
     views: dict[str, float]
     """Loss name -> weight. A view's name is its loss's name and its log key."""
     global_batch_size: int
-    """Records (videos) an optimizer step, over all processes."""
+    """Samples (videos; of question sets: questions) an optimizer step, over all processes."""
     eval: EvalConfig | None = None
     """None: this system has no test (masked pretraining)."""
     epochs: float | None = None
@@ -131,6 +124,9 @@ class Recipe:
     """Newest checkpoints kept."""
     log_every: int = 10
     """Steps between console lines (metrics.jsonl has every step)."""
+    audit_steps: int = 3
+    """Steps without a gradient after which a trainable tensor is an error that names it (docs/training.md); 0: no
+    audit."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases mode; whatever it does, the run goes on without it."""
 
@@ -140,6 +136,8 @@ class Recipe:
         for name in ("global_batch_size", "log_every", "checkpoint_keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.audit_steps < 0:
+            raise ValueError(f"audit_steps is {self.audit_steps}; it must be 0 (no audit) or more")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
         self.run_dir = Path(self.run_dir)
@@ -171,6 +169,13 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     raise UserError(f"there is no recipe {name!r}; did you mean {', '.join(close)}?")
 
 
+def check_inputs(recipe: Recipe) -> None:
+    """Refuse inputs that do not fit the model (UserError), before anything is loaded."""
+    check = getattr(recipe.model, "check_inputs", None)
+    if check is not None:
+        check(recipe.inputs)
+
+
 def _modules() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(importlib.import_module("vlm.recipes").__path__)]
 
@@ -183,4 +188,4 @@ def _recipes_of(module: Any) -> dict[str, Callable[[], Recipe]]:
     }
 
 
-__all__ = ["ClipPipeline", "EvalConfig", "ModelConfig", "OptimConfig", "Recipe", "TrainData", "load", "names"]
+__all__ = ["EvalConfig", "ModelConfig", "OptimConfig", "Recipe", "TrainData", "check_inputs", "load", "names"]

@@ -36,7 +36,10 @@ class Fussy:
     def __init__(self, broken=()):
         self.broken = set(broken)
 
-    def train(self, record, rng):
+    def parts(self, shards):
+        return None
+
+    def train(self, record, rng, visit):
         if record.key in self.broken:
             raise DecodeError("made to fail")
         return [Example(key=record.key, video=torch.rand(1, generator=rng.torch), label=0)]
@@ -50,8 +53,8 @@ def load(shards, world, workers, pipeline, start=0, stop=6, batch=10):
     steps = []
     loaders = [
         TrainLoader(
-            shards, pipeline, seed=3, global_batch_size=batch, world_size=world, rank=rank, micro_batch_size=2,
-            start_step=start, stop_step=stop, workers=workers,
+            shards, pipeline, views=["label"], seed=3, global_batch_size=batch, world_size=world, rank=rank,
+            micro_batch_size=2, start_step=start, stop_step=stop, workers=workers,
         )
         for rank in range(world)
     ]  # fmt: skip
@@ -112,8 +115,8 @@ def test_nothing_but_broken_records_is_an_error_with_reasons(shards):
 
 def test_logged_digest_is_of_the_planned_keys(shards):
     loader = TrainLoader(
-        shards, Fussy(), seed=3, global_batch_size=10, world_size=1, rank=0, micro_batch_size=10, start_step=0,
-        stop_step=2, workers=0,
+        shards, Fussy(), views=["label"], seed=3, global_batch_size=10, world_size=1, rank=0, micro_batch_size=10,
+        start_step=0, stop_step=2, workers=0,
     )  # fmt: skip
     keys, _, _ = load(shards, 1, 0, Fussy())[1]
     assert batch_digest(loader.keys_of_step(1)) == batch_digest(keys)

@@ -23,14 +23,16 @@ from vlm.data.masks import num_hidden, tube_mask
 from vlm.data.mixup import mix_batch, soft_targets
 from vlm.data.randaugment import parse_randaugment
 from vlm.data.rng import SampleRng
+from vlm.data.shards import ShardSet
 from vlm.data.video import DecodeError, count_frames, decode
-from vlm.types import Batch, Example, Record, UserError
+from vlm.types import Ask, Batch, Example, Record, UserError, Visit
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ONE_FRAME = "one_frame"
 SHUFFLED_FRAMES = "shuffled_frames"
+WHOLE = Visit()
 PROBES = (ONE_FRAME, SHUFFLED_FRAMES)
 """Conditions that should break a model that understands motion: one frame repeated, and frames in random order."""
 
@@ -146,7 +148,12 @@ class ClipConfig:
                 f"inputs.cutmix are on (they are {self.mixup} and {self.cutmix}); leave it at 0.5"
             )
 
-    def train(self, record: Record, rng: SampleRng) -> list[Example]:
+    task = "classes"
+
+    def parts(self, shards: ShardSet) -> None:
+        """A record is one sample."""
+
+    def train(self, record: Record, rng: SampleRng, visit: Visit = WHOLE) -> list[Example]:
         """`repeats` augmented clips of one decode, (3, T, size, size) each.
 
         Raises:
@@ -191,6 +198,18 @@ class ClipConfig:
         """
         name = probe or ""
         return self._views(record, rng, [name])[name]
+
+    def asks(self, record: Record) -> tuple[Ask, ...]:
+        """One thing: the class of the clip."""
+        return (Ask(record.key, self._label(record) if "label" in record.annotation else None),)
+
+    def test_batch(self, examples: Sequence[Example]) -> Batch:
+        """Views stacked, without mixing."""
+        return stack(examples)
+
+    def blank(self) -> Example:
+        """An example that stands in where a process has nothing left to score."""
+        return Example(key="", video=torch.zeros(3, self.num_frames, self.size, self.size))
 
     def all_views(self, record: Record, rng: SampleRng, probes: Sequence[str]) -> dict[str, list[Example]]:
         """The plain views under "" and those of each probe under its name, all from one decode (see `views`)."""
@@ -307,7 +326,12 @@ class MaskedClipConfig:
                 f"inputs.crop_scales is {self.crop_scales}; it must be shares of the shorter side, 0 < … <= 1"
             )
 
-    def train(self, record: Record, rng: SampleRng) -> list[Example]:
+    task = "classes"
+
+    def parts(self, shards: ShardSet) -> None:
+        """A record is one sample."""
+
+    def train(self, record: Record, rng: SampleRng, visit: Visit = WHOLE) -> list[Example]:
         """`repeats` randomly cropped clips of one decode, (3, T, size, size); raises DecodeError."""
         indices = sampling.strided_frames(_frame_count(record), self.num_frames, self.stride, rng.numpy)
         frames = _read(record, indices)
@@ -332,6 +356,18 @@ class MaskedClipConfig:
         frames = tf.resize_bilinear(frames, *tf.short_side_size(*tf.frame_size(frames), self.size))
         box = tf.center_box(*tf.frame_size(frames), self.size)
         return [Example(key=record.key, video=tf.normalize(tf.to_video(tf.crop(frames, box)), self.mean, self.std))]
+
+    def asks(self, record: Record) -> tuple[Ask, ...]:
+        """Nothing: masked pretraining scores no classes."""
+        return ()
+
+    def test_batch(self, examples: Sequence[Example]) -> Batch:
+        """Clips stacked, without masks."""
+        return stack(examples)
+
+    def blank(self) -> Example:
+        """An example that stands in where a process has nothing left to score."""
+        return Example(key="", video=torch.zeros(3, self.num_frames, self.size, self.size))
 
     def all_views(self, record: Record, rng: SampleRng, probes: Sequence[str]) -> dict[str, list[Example]]:
         """The single view under ""; there are no probes (UserError where one is asked for)."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlm.data.order import Order
@@ -18,17 +19,59 @@ from vlm.data.rng import SampleRng, derive_seed
 from vlm.data.shards import ShardError, ShardSet
 from vlm.data.video import DecodeError
 from vlm.distributed import share
-from vlm.types import Batch, Example, Incident, Record, UserError
+from vlm.types import Ask, Batch, Example, Incident, Record, UserError, Visit
 
 
 class Pipeline(Protocol):
-    """What turns a record into training examples (see vlm.data.clips)."""
+    """What turns a record into training examples and test items (vlm.data.clips, vlm.data.questions)."""
 
-    repeats: int
+    @property
+    def task(self) -> str:
+        """What a test asks: "classes" (all views of a record are one question) or "choice" (each row is one)."""
 
-    def train(self, record: Record, rng: SampleRng) -> list[Example]: ...
+    def parts(self, shards: ShardSet) -> np.ndarray | None: ...
 
-    def collate(self, examples: list[Example], rng: SampleRng) -> Batch: ...
+    def train(self, record: Record, rng: SampleRng, visit: Visit) -> list[Example]: ...
+
+    def collate(self, examples: Sequence[Example], rng: SampleRng) -> Batch: ...
+
+    def asks(self, record: Record) -> tuple[Ask, ...]: ...
+
+    def all_views(self, record: Record, rng: SampleRng, probes: Sequence[str]) -> dict[str, list[Example]]: ...
+
+    def test_batch(self, examples: Sequence[Example]) -> Batch: ...
+
+    def blank(self) -> Example: ...
+
+
+class Samples:
+    """The training samples of a shard set: its records, or where a record holds several samples, those.
+
+    Args:
+        shards: the records.
+        pipeline: says how many samples each record holds.
+    """
+
+    def __init__(self, shards: ShardSet, pipeline: Pipeline) -> None:
+        parts = pipeline.parts(shards)
+        self._keys = shards
+        # (records + 1,): samples before each record; None: every record is one sample
+        self._starts = None if parts is None else np.concatenate([[0], np.cumsum(parts, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self._keys) if self._starts is None else int(self._starts[-1])
+
+    def locate(self, sample: int) -> tuple[int, int | None]:
+        """(row of the index, which part of the record or None: all of it)."""
+        if self._starts is None:
+            return sample, None
+        row = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return row, sample - int(self._starts[row])
+
+    def key(self, sample: int) -> str:
+        """What identifies a sample in the order: the record's key, and "/part" where it holds several."""
+        row, part = self.locate(sample)
+        return self._keys.key(row) if part is None else f"{self._keys.key(row)}/{part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +109,17 @@ def plan_step(step: int, global_batch_size: int, world_size: int, rank: int, mic
 class TrainDataset(Dataset[Batch]):
     """Loads one micro-batch: reads the records of a plan, replaces unusable ones, transforms, collates."""
 
-    def __init__(self, shards: ShardSet, order: Order, pipeline: Pipeline, seed: int, substitutes: int) -> None:
-        self.shards, self.order, self.pipeline = shards, order, pipeline
+    def __init__(
+        self,
+        shards: ShardSet,
+        samples: Samples,
+        order: Order,
+        pipeline: Pipeline,
+        views: tuple[str, ...],
+        seed: int,
+        substitutes: int,
+    ) -> None:
+        self.shards, self.samples, self.order, self.pipeline, self.views = shards, samples, order, pipeline, views
         self.seed, self.substitutes = seed, substitutes
 
     def __getitem__(self, plan: MicroPlan) -> Batch:
@@ -80,15 +132,17 @@ class TrainDataset(Dataset[Batch]):
 
     def _load(self, position: int, incidents: list[Incident]) -> list[Example]:
         """The examples of one position. The substitute for an unusable record depends on (seed, position) alone."""
-        row = self.order.row(position)
+        sample, epoch = self.order.row(position), self.order.epoch(position)
         met: list[tuple[str, str, str]] = []
         for attempt in range(self.substitutes + 1):
+            row, part = self.samples.locate(sample)
             try:
                 record = self.shards.read(row)
-                examples = self.pipeline.train(record, SampleRng(derive_seed("sample", self.seed, position)))
+                rng = SampleRng(derive_seed("sample", self.seed, position))
+                examples = self.pipeline.train(record, rng, Visit(part, epoch, self.views))
             except (DecodeError, ShardError) as error:
                 met.append((self.shards.key(row), self.shards.shard_name(row), str(error)))
-                row = self.order.substitute(position, attempt)
+                sample = self.order.substitute(position, attempt)
                 continue
             incidents += [Incident(*failure, replaced_by=record.key, position=position) for failure in met]
             return examples
@@ -127,6 +181,7 @@ class TrainLoader:
     Args:
         shards: the training records.
         pipeline: record -> examples -> batch.
+        views: names of the losses that the recipe weighs.
         seed: the recipe's seed.
         global_batch_size: records a step over all ranks.
         world_size, rank: this process's place.
@@ -141,6 +196,7 @@ class TrainLoader:
         shards: ShardSet,
         pipeline: Pipeline,
         *,
+        views: Sequence[str],
         seed: int,
         global_batch_size: int,
         world_size: int,
@@ -151,13 +207,14 @@ class TrainLoader:
         workers: int,
         substitutes: int = 16,
     ) -> None:
-        self.order = Order(len(shards), seed)
+        self.samples = Samples(shards, pipeline)
+        self.order = Order(len(self.samples), seed)
         self.global_batch_size = global_batch_size
         self.shards = shards
         self._step = start_step
         self._stop = stop_step
         self._arguments = (global_batch_size, world_size, rank, micro_batch_size)
-        dataset = TrainDataset(shards, self.order, pipeline, seed, substitutes)
+        dataset = TrainDataset(shards, self.samples, self.order, pipeline, tuple(views), seed, substitutes)
         self._batches: Any = iter(
             DataLoader(dataset, sampler=_Plans(start_step, stop_step, self._arguments), **worker_arguments(workers))
         )
@@ -175,7 +232,8 @@ class TrainLoader:
     def keys_of_step(self, step: int) -> list[str]:
         """The keys of a step's whole global batch, in order, as planned (before any substitution)."""
         first = step * self.global_batch_size
-        return [self.shards.key(row) for row in self.order.rows(range(first, first + self.global_batch_size))]
+        rows = self.order.rows(range(first, first + self.global_batch_size))
+        return [self.samples.key(sample) for sample in rows]
 
 
 def worker_arguments(workers: int) -> dict[str, Any]:
@@ -184,7 +242,7 @@ def worker_arguments(workers: int) -> dict[str, Any]:
     if workers == 0:
         return {"batch_size": None, "num_workers": 0}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm.data.loader", "vlm.data.clips"])
+    context.set_forkserver_preload(["vlm.data.loader", "vlm.data.clips", "vlm.data.questions"])
     return {
         "batch_size": None,
         "num_workers": workers,
@@ -194,23 +252,34 @@ def worker_arguments(workers: int) -> dict[str, Any]:
     }
 
 
-class EvalDataset(Dataset[tuple[str, int | None, dict[str, list[Example]], str]]):
+class TestItem(NamedTuple):
+    """A test record with all that is asked about it, ready to be scored."""
+
+    key: str
+    asks: tuple[Ask, ...]
+    views: dict[str, list[Example]]  # by probe; "" is the test itself
+    reason: str = ""  # why it could not be read; "" where it could
+    lost: int = 0  # where it could not be read: how much is asked about it
+
+
+class EvalDataset(Dataset[TestItem]):
     """Loads all views of one test record from one decode. An unusable record is reported, never replaced."""
 
-    def __init__(self, shards: ShardSet, pipeline: Any, probes: Sequence[str], seed: int) -> None:
+    def __init__(self, shards: ShardSet, pipeline: Pipeline, probes: Sequence[str], seed: int) -> None:
         self.shards, self.pipeline, self.probes, self.seed = shards, pipeline, tuple(probes), seed
 
-    def __getitem__(self, row: int) -> tuple[str, int | None, dict[str, list[Example]], str]:
-        """(key, label, views by probe name ("" = the test itself), why it could not be read or "")."""
+    def __getitem__(self, row: int) -> TestItem:
         key = self.shards.key(row)
         try:
             record = self.shards.read(row)
             views = self.pipeline.all_views(record, SampleRng(derive_seed("test", self.seed, key)), self.probes)
+            return TestItem(key, self.pipeline.asks(record), views)
         except (DecodeError, ShardError) as error:
-            return key, None, {}, str(error)
-        return key, record.annotation.get("label"), views, ""
+            return TestItem(key, (), {}, str(error), lost=max(1, int(self.shards.num_questions[row])))
 
 
-def eval_loader(shards: ShardSet, pipeline: Any, probes: Sequence[str], seed: int, rows: range, workers: int) -> Any:
+def eval_loader(
+    shards: ShardSet, pipeline: Pipeline, probes: Sequence[str], seed: int, rows: range, workers: int
+) -> Any:
     """Iterates over the test records of `rows`, in order; each record comes exactly once."""
-    return DataLoader(EvalDataset(shards, pipeline, probes, seed), sampler=rows, **worker_arguments(workers))  # type: ignore[arg-type]
+    return DataLoader(EvalDataset(shards, pipeline, probes, seed), sampler=rows, **worker_arguments(workers))

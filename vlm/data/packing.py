@@ -13,7 +13,6 @@ import torch
 
 from vlm.types import IGNORE, Row, TextRows, Tokens
 
-
 Tree = tuple[list[Row], list[tuple[int, ...]]]
 
 

@@ -64,6 +64,24 @@ class PieceByPiece:
         return same
 
 
+class ByteTokenizer:
+    """A token a byte (UTF-8), for debugging: needs no file, and can write every text."""
+
+    bos = 1
+    eos = 2
+    newline = 3 + ord("\n")
+    vocab_size = 3 + 256
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + byte for byte in text.encode()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token - 3 for token in ids if token >= 3).decode(errors="replace")
+
+    def tokens_before(self, text: str, end: int) -> int:
+        return len(text[:end].encode())
+
+
 class SentencePieceTokenizer:
     """LLaMA 1 and 2, Vicuna: a `tokenizer.model` of sentencepiece (https://github.com/google/sentencepiece)."""
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vlm.data.questions import QuestionConfig
 from vlm.models.causal import CausalSystem
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.nn.language import Gates, Prompts
@@ -77,6 +78,21 @@ class VamosConfig:
             raise ValueError("model.use_video is false, so temporal_embedding and video_bias have no video to act on")
         if self.tau <= 0:
             raise ValueError(f"model.tau is {self.tau}; it must be above 0")
+
+    def check_inputs(self, inputs: QuestionConfig) -> None:
+        """UserError where rows of these inputs are not this model's: sizes, or a tokenizer of another LLaMA."""
+        if self.use_video != inputs.use_video:
+            raise UserError(f"model.use_video is {self.use_video}, but inputs.use_video is {inputs.use_video}")
+        for name in ("num_frames", "feature_dim") if self.use_video else ():
+            if getattr(self, name) != getattr(inputs, name):
+                raise UserError(f"model.{name} is {getattr(self, name)}, but inputs.{name} is {getattr(inputs, name)}")
+        debugging = inputs.tokenizer is None and self.llama.path is None and inputs.vocab_size <= self.llama.vocab_size
+        if inputs.vocab_size != self.llama.vocab_size and not debugging:
+            raise UserError(
+                f"inputs.tokenizer={inputs.tokenizer or 'bytes'} has {inputs.vocab_size} words, but the vocabulary of "
+                f"model.llama ({self.llama.path}) has {self.llama.vocab_size}: the tokenizer is another LLaMA's, and "
+                "its ids would be read as other words. Give the tokenizer.model that came with this LLaMA"
+            )
 
     @property
     def prompted(self) -> int:
@@ -179,6 +195,15 @@ class Vamos(CausalSystem):
         """Sum over (rows, N, D) outputs of the cross-entropy of the next frame among the row's (rows, N, D) frames."""
         logits = outputs.to(frames.dtype) @ frames.transpose(1, 2) / self.config.tau
         return functional.cross_entropy(logits.flatten(0, 1).float(), order, reduction="sum")
+
+    def reached(self, name: str, batch: Batch) -> bool:
+        """Text alone reaches neither projector nor temporal embedding; gate2 acts on what is learnt after a video."""
+        learnt = {view: rows for view, rows in batch.views.items() if self.predictions_of(view, rows)}
+        if name.startswith(("visual_proj.", "temporal_emb.")):
+            return any(rows.slots.numel() for rows in learnt.values())
+        if name.endswith(".gate2"):
+            return any(bool(rows.after_video.any()) for view, rows in learnt.items() if view != VIDEO_ORDER)
+        return bool(learnt)
 
     def predictions_of(self, name: str, rows: TextRows) -> int:
         """`video_order`: frames; else tokens."""

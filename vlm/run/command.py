@@ -54,6 +54,9 @@ def evaluate_main(arguments: list[str] | None = None) -> int:
         "  deepspeed --num_gpus 2 launch/evaluate.py --recipe vit_llama.ssv2_s --checkpoint DIR run_dir=DIR2",
     )
     parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="a checkpoint, or a run folder (its latest)")
+    parser.add_argument(
+        "--untrained", action="store_true", help="the weights that training would begin with, instead of a checkpoint"
+    )
     return _guarded(_evaluate, parser, arguments)
 
 
@@ -120,8 +123,10 @@ def _train(recipe: Recipe, options: argparse.Namespace) -> None:
 def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
     from vlm.run.engine import read_hardware
 
-    if options.checkpoint is None:
-        raise UserError("--checkpoint DIR is missing: a checkpoint folder, or a run folder (its latest is taken)")
+    if (options.checkpoint is None) != options.untrained:
+        raise UserError(
+            "give either --checkpoint DIR (a checkpoint folder, or a run folder, whose latest is taken) or --untrained"
+        )
     hardware = read_hardware(options.deepspeed_config) if options.deepspeed_config else {}
     from vlm.distributed import join
     from vlm.run.standalone import evaluate_checkpoint

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from vlm.models.system import System
 from vlm.recipe import OptimConfig, Recipe
 from vlm.run import zero_state
 from vlm.run.optim import parameter_groups
-from vlm.types import UserError
+from vlm.types import COUNTERS, UserError
 
 # JSON keys that the recipe owns -> where the value stands instead.
 OWNED_BY_RECIPE = {
@@ -132,6 +132,7 @@ class StepResult:
     losses: dict[str, float]  # mean over the global batch, by view
     counts: dict[str, int]  # elements each loss was averaged over
     grad_norm: float  # global L2 norm before clipping
+    counters: dict[str, int] = field(default_factory=dict)  # what had to be cut of rows of text, over all ranks
 
 
 class Engine:
@@ -166,8 +167,14 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        totals = self._global_counts(micro_batches)
+        totals, counters = self._global_counts(micro_batches)
         sums = dict.fromkeys(totals, 0.0)
+        if not any(totals.values()):
+            raise UserError(
+                f"no view ({', '.join(totals)}) has anything to learn in this whole batch: every label is masked or "
+                f"cut away; samples on rank {self.world.rank}: {_keys(micro_batches)}. Look at the prompts and at "
+                "inputs.max_length"
+            )
         self.deepspeed.train()
         for item in micro_batches:
             batch = item.batch.to(self.world.device)
@@ -189,18 +196,25 @@ class Engine:
                 f"the gradient norm is {norm}; samples on rank {self.world.rank}: {_keys(micro_batches)}"
             )
         loss = sum(self.recipe.views[name] * value for name, value in losses.items())
-        return StepResult(loss, losses, {name: int(total) for name, total in totals.items()}, norm)
+        return StepResult(loss, losses, {name: int(total) for name, total in totals.items()}, norm, counters)
 
-    def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """Elements of each loss in the global batch, known before the first backward, so nothing is rescaled."""
+    def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, float], dict[str, int]]:
+        """Elements of each loss in the global batch, known before the first backward, so nothing is rescaled; and what
+        had to be cut of its rows of text."""
         names = list(self.recipe.views)
         counts = dict.fromkeys(names, 0)
+        cut = dict.fromkeys(COUNTERS, 0)
         for item in micro_batches:
             for name, count in self.model.counts(item.batch).items():
                 if name not in counts:
                     raise UserError(f"views: this system has the loss {name!r}, but the recipe gives it no weight")
                 counts[name] += count * item.weight
-        return dict(zip(names, sum_over_ranks([counts[name] for name in names], self.world.device)))
+            for name, count in item.batch.counters.items():
+                cut[name] += count * item.weight
+        summed = sum_over_ranks([*counts.values(), *cut.values()], self.world.device)
+        totals, counters = summed[: len(names)], summed[len(names) :]
+        told = {name: int(count) for name, count in zip(COUNTERS, counters)} if any(counters) else {}
+        return dict(zip(names, totals)), told
 
     def _reduce(
         self, sums: dict[str, float], totals: dict[str, float], micro_batches: Sequence[MicroBatch]

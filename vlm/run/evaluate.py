@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vlm.config import to_dict
-from vlm.data.loader import eval_loader
+from vlm.data.loader import TestItem, eval_loader
 from vlm.data.shards import ShardSet
 from vlm.distributed import World, gather_objects, share, share_object
-from vlm.metrics.classify import classification_metrics, mean_probabilities
-from vlm.recipe import EvalConfig, Recipe
+from vlm.metrics.classify import mean_probabilities
+from vlm.recipe import Recipe
 from vlm.run.checkpoint import Progress
-from vlm.types import Batch, Example, Prediction, UserError
+from vlm.run.run_folder import metrics_of
+from vlm.types import Prediction, UserError
 
 
 def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
-    """Score every test clip once, with all views and probes; write predictions.jsonl, metrics.json, evaluation.json.
+    """Score every test record once, with all views and probes; write predictions.jsonl, metrics.json, evaluation.json.
 
     Args:
         recipe: with `eval` set.
@@ -39,21 +41,24 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
     assert recipe.eval is not None
     shards = ShardSet(recipe.eval.shards)
     started = time.monotonic()
-    say(f"evaluating {len(shards):,} clips of {shards.path}")
-    predictions, unscored = score(recipe, engine, world, shards, recipe.eval.probes, say)
+    say(f"evaluating {len(shards):,} records of {shards.path}")
+    predictions, unscored, counters = score(recipe, engine, world, shards, recipe.eval.probes, say)
+    lost = sum(row["lost"] for row in unscored)
     metrics: dict[str, float] = {}
     if world.is_main:
         if not predictions:
-            raise UserError(f"{shards.path}: no clip could be scored: {unscored[:3]}")
-        metrics = classification_metrics(predictions)
-        _write_lines(folder / "predictions.jsonl", [asdict(p) for p in predictions])
+            raise UserError(f"{shards.path}: nothing could be scored: {unscored[:3]}")
+        metrics = metrics_of(predictions, recipe.eval.kinds)
+        _write_lines(folder / "predictions.jsonl", [_row(prediction) for prediction in predictions])
         _write_lines(folder / "unscored.jsonl", unscored)
         _write(folder / "metrics.json", metrics)
         about = {
             "shards": str(shards.path),
             "shards_fingerprint": shards.fingerprint,
-            "clips": len(shards),
-            "unscored": len(unscored),
+            "records": len(shards),
+            "scored": len(predictions),
+            "unscored": lost,
+            **counters,
             "protocol": {"eval": to_dict(recipe.eval), "inputs": to_dict(recipe.inputs)},
             "seconds": time.monotonic() - started,
         }
@@ -61,19 +66,21 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
         for row in unscored[:10]:
             say(f"not scored: {row['key']}: {row['reason']}")
     metrics = share_object(metrics)
-    say("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) + f"  unscored {len(unscored)}")
+    say("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) + f"  unscored {lost}")
+    if any(counters.values()):
+        say("  ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counters.items()))
     return metrics
 
 
 def is_best(recipe: Recipe, engine: Any, world: World, progress: Progress, say: Callable[[str], None]) -> bool:
     """Evaluate without probes; whether the recipe's metric is the best so far (noted in `progress`)."""
     assert recipe.eval is not None
-    predictions, unscored = score(recipe, engine, world, ShardSet(recipe.eval.shards), (), say)
-    metrics = share_object(classification_metrics(predictions) if world.is_main else None)
+    predictions, unscored, _ = score(recipe, engine, world, ShardSet(recipe.eval.shards), (), say)
+    metrics = share_object(metrics_of(predictions, recipe.eval.kinds) if world.is_main else None)
     if recipe.eval.metric not in metrics:
         raise UserError(f"eval.metric={recipe.eval.metric}: this evaluation has {', '.join(metrics)}")
     value = metrics[recipe.eval.metric]
-    say(f"step {progress.step}: {recipe.eval.metric} {value:.4f} on {len(predictions)} clips, unscored {len(unscored)}")
+    say(f"step {progress.step}: {recipe.eval.metric} {value:.4f} on {len(predictions)}, unscored {len(unscored)}")
     if progress.best_metric is not None and value <= progress.best_metric:
         return False
     progress.best_metric, progress.best_step = value, progress.step
@@ -88,11 +95,12 @@ def score(
     shards: ShardSet,
     probes: tuple[str, ...],
     say: Callable[[str], None],
-) -> tuple[list[Prediction], list[dict[str, str]]]:
-    """(predictions in the order of the shards, clips that could not be read with their reasons); whole on rank 0.
+) -> tuple[list[Prediction], list[dict[str, Any]], dict[str, int]]:
+    """(predictions in the order of the shards, records that could not be read with their reasons, what had to be cut
+    of rows of text); whole on rank 0.
 
-    Each rank scores its contiguous share, so every clip comes exactly once whatever the number of processes. All ranks
-    make the same number of forward passes (ZeRO-3 gathers weights in each).
+    Each rank scores its contiguous share, so every record comes exactly once whatever the number of processes. All
+    ranks make the same number of forward passes (ZeRO-3 gathers weights in each).
     """
     config = recipe.eval
     assert config is not None
@@ -101,76 +109,90 @@ def score(
     rounds = math.ceil(largest_share / config.batch_size)
     engine.deepspeed.eval()
     predictions: list[Prediction] = []
-    unscored: list[dict[str, str]] = []
-    groups = _groups(recipe, config, shards, probes, range(start, stop))
+    unscored: list[dict[str, Any]] = []
+    counters: Counter[str] = Counter()
+    loader = iter(eval_loader(shards, recipe.inputs, probes, recipe.seed, range(start, stop), config.workers))
     told = time.monotonic()
     for number in range(rounds):
-        group = next(groups, [])
-        good = [item for item in group if not item[3]]
-        unscored += [{"key": key, "reason": reason} for key, _, _, reason in group if reason]
+        group: list[TestItem] = list(itertools.islice(loader, config.batch_size))
+        unscored += [{"key": item.key, "reason": item.reason, "lost": item.lost} for item in group if item.reason]
+        good = [item for item in group if not item.reason]
         predictions += _score_group(recipe, engine, world, good, probes)
+        for example in (example for item in good for example in item.views[""]):
+            counters.update(example.counters)
         if time.monotonic() - told > 10:
             told = time.monotonic()
             say(f"  evaluated {min((number + 1) * config.batch_size * world.size, len(shards))}/{len(shards)}")
-    gathered = gather_objects((predictions, unscored))
+    gathered = gather_objects((predictions, unscored, counters))
     if gathered is None:
-        return predictions, unscored
-    return [p for part, _ in gathered for p in part], [u for _, part in gathered for u in part]
-
-
-Item = tuple[str, int | None, dict[str, list[Example]], str]
-
-
-def _groups(
-    recipe: Recipe, config: EvalConfig, shards: ShardSet, probes: tuple[str, ...], rows: range
-) -> Iterator[list[Item]]:
-    group: list[Item] = []
-    for item in eval_loader(shards, recipe.inputs, probes, recipe.seed, rows, config.workers):
-        group.append(item)
-        if len(group) == config.batch_size:
-            yield group
-            group = []
-    if group:
-        yield group
+        return predictions, unscored, dict(counters)
+    return (
+        [prediction for part, _, _ in gathered for prediction in part],
+        [row for _, part, _ in gathered for row in part],
+        dict(sum((part for _, _, part in gathered), Counter())),
+    )
 
 
 def _score_group(
-    recipe: Recipe, engine: Any, world: World, items: list[Item], probes: tuple[str, ...]
+    recipe: Recipe, engine: Any, world: World, items: list[TestItem], probes: tuple[str, ...]
 ) -> list[Prediction]:
-    """Forward all views of a few clips, one pass for each condition."""
-    scores: dict[str, list[np.ndarray]] = {}
-    for condition in ("", *probes):
-        views = [example for _, _, conditions, _ in items for example in conditions[condition]]
-        logits = _forward(recipe, engine, world, views)
-        sizes = [len(conditions[condition]) for _, _, conditions, _ in items]
-        scores[condition] = [mean_probabilities(part.numpy()) for part in logits.split(sizes)] if items else []
+    """Forward all views of a few records, one pass for each condition."""
+    scores = {condition: _forward(recipe, engine, world, items, condition) for condition in ("", *probes)}
     rows = []
-    for number, (key, label, _, _) in enumerate(items):
-        if label is None:
-            raise UserError(f"{recipe.eval.shards}: {key} has no label, so it cannot be scored; use a labelled split")  # type: ignore[union-attr]
-        own = _listed(scores[""][number])
-        rows.append(
-            Prediction(
-                key=key,
-                truth=label,
-                prediction=int(np.argmax(own)),  # of the rounded scores, so that the row agrees with itself
-                scores=own,
-                probes={probe: _listed(scores[probe][number]) for probe in probes},
+    for number, item in enumerate(items):
+        for place, ask in enumerate(item.asks):
+            if ask.truth is None:
+                raise UserError(
+                    f"{recipe.eval.shards}: {ask.key} has no published answer or label, so it cannot be scored; "  # type: ignore[union-attr]
+                    "use a labelled split"
+                )
+            options = len(ask.options) or None
+            own = {condition: _listed(several[number][place][:options]) for condition, several in scores.items()}
+            rows.append(
+                Prediction(
+                    key=ask.key,
+                    truth=ask.truth,
+                    prediction=int(np.argmax(own[""])),  # of the rounded scores, so that the row agrees with itself
+                    scores=own[""],
+                    probes={probe: own[probe] for probe in probes},
+                    kind=ask.kind,
+                    video="" if ask.kind is None else item.key,
+                    question=ask.question,
+                    options=list(ask.options),
+                )
             )
-        )
     return rows
 
 
-def _forward(recipe: Recipe, engine: Any, world: World, views: list[Example]) -> Tensor:
-    """Logits (views, K) in fp32 on CPU. With nothing to score a zero clip keeps this rank in step with the others."""
-    if views:
-        assert views[0].video is not None
-        video = torch.stack([example.video for example in views])  # type: ignore[misc]
-    else:
-        video = torch.zeros(1, *engine.model.input_shape)
-    batch = Batch(keys=tuple(example.key for example in views) or ("",), video=video)
-    logits = engine.model.predict(batch.to(world.device)).float().cpu()
-    return logits[: len(views)]
+def _forward(
+    recipe: Recipe, engine: Any, world: World, items: list[TestItem], condition: str
+) -> list[list[np.ndarray]]:
+    """For each record the scores of each thing asked about it, (K,). With nothing to score a blank example keeps this
+    rank in step with the others."""
+    inputs = recipe.inputs
+    examples = [example for item in items for example in item.views[condition]]
+    batch = inputs.test_batch(examples or [inputs.blank()])
+    scores = engine.model.predict(batch.to(world.device)).float().cpu().numpy()
+    merged, first = [], 0
+    for item in items:
+        if inputs.task == "choice":
+            count = len(item.asks)
+            merged.append(list(scores[first : first + count]))
+        else:
+            count = len(item.views[condition])
+            merged.append([mean_probabilities(scores[first : first + count])])
+        first += count
+    assert not items or first == len(scores)
+    return merged
+
+
+def _row(prediction: Prediction) -> dict[str, Any]:
+    """A line of predictions.jsonl; clips have none of the fields of questions."""
+    row = asdict(prediction)
+    if prediction.kind is None:
+        for name in ("kind", "video", "question", "options"):
+            del row[name]
+    return row
 
 
 def _listed(scores: np.ndarray) -> list[float]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.metrics.choice import choice_metrics
+from vlm.metrics.classify import classification_metrics
 from vlm.types import Prediction, UserError
 
 
@@ -57,6 +60,22 @@ def read_rows(path: Path, damaged: list[str] | None = None) -> list[dict[str, An
     return rows
 
 
+def metrics_of(predictions: Sequence[Prediction], kinds: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
+    """What predictions are worth, of clips or of questions; `kinds` as in EvalConfig."""
+    if predictions and predictions[0].kind is not None:
+        return choice_metrics(predictions, kinds)
+    return classification_metrics(predictions)
+
+
+def kinds_of(folder: Path) -> dict[str, list[str]]:
+    """The groups of kinds that the evaluation in a run folder reported; none where it does not say."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return {}
+    protocol = read_json(path).get("protocol", {})
+    return protocol.get("eval", {}).get("kinds", {}) if isinstance(protocol, dict) else {}
+
+
 def read_predictions(path: Path) -> list[Prediction]:
     """The rows of a predictions.jsonl, each checked against the others.
 
@@ -70,6 +89,8 @@ def read_predictions(path: Path) -> list[Prediction]:
     for number, row in enumerate(read_rows(path), start=1):
         try:
             prediction = _prediction(row, len(predictions[0].scores) if predictions else None)
+            if predictions and (prediction.kind is None) != (predictions[0].kind is None):
+                raise ValueError("rows of clips and rows of questions (with a kind) do not go together")
             if prediction.key in lines:
                 raise ValueError(f"key {prediction.key!r} came in line {lines[prediction.key]} already")
         except ValueError as error:
@@ -90,15 +111,28 @@ def _prediction(row: dict[str, Any], classes: int | None) -> Prediction:
     probes = row.get("probes", {})
     if not isinstance(probes, dict):
         raise ValueError(f"probes is {probes!r:.60}, expected an object")
+    asked = row.get("kind")
+    if not (asked is None or isinstance(asked, str)):
+        raise ValueError(f"kind is {asked!r:.60}, expected a text")
+    if classes is None or asked is not None:
+        classes = len(row["scores"])  # questions may differ in their number of options
     for name, scores in {"scores": row["scores"], **probes}.items():
-        _check_scores(name, scores, classes if classes is not None else len(row["scores"]))
+        _check_scores(name, scores, classes)
     for name in ("truth", "prediction"):
         if not 0 <= row[name] < len(row["scores"]):
             raise ValueError(f"{name} is {row[name]}, but there are {len(row['scores'])} classes")
     if row["scores"][row["prediction"]] < max(row["scores"]):
         raise ValueError(f"prediction is {row['prediction']}, but another class has a higher score")
     return Prediction(
-        key=row["key"], truth=row["truth"], prediction=row["prediction"], scores=row["scores"], probes=probes
+        key=row["key"],
+        truth=row["truth"],
+        prediction=row["prediction"],
+        scores=row["scores"],
+        probes=probes,
+        kind=asked,
+        video=str(row.get("video", "")),
+        question=str(row.get("question", "")),
+        options=[str(option) for option in row.get("options") or ()],
     )
 
 

@@ -12,7 +12,7 @@ from vlm.config import to_dict
 from vlm.distributed import World, barrier
 from vlm.models.system import System
 from vlm.nn.attention import choose_attention
-from vlm.recipe import Recipe
+from vlm.recipe import Recipe, check_inputs
 from vlm.run import checkpoint, evaluate
 from vlm.run.log import command_line, git_commit, versions
 from vlm.run.report import write_report
@@ -27,27 +27,29 @@ class Replica:
 
 
 def evaluate_checkpoint(
-    recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, Any], source: Path, world: World
+    recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, Any], source: Path | None, world: World
 ) -> None:
     """Score `source` on `recipe.eval` and write the same files as the end of training, into `recipe.run_dir`.
 
     Args:
         hardware: the DeepSpeed JSON (only its bf16 switch matters here), or {} for fp32.
-        source: a checkpoint folder, a run folder (its latest), or a published file of this system.
+        source: a checkpoint folder, or a run folder (its latest); None: the weights that training would begin with.
     Raises:
         UserError: no test in the recipe; the checkpoint is damaged, absent or does not fit.
     """
     if recipe.eval is None:
         raise UserError(f"{name} has no test (eval is none); evaluate a recipe that fine-tunes from it")
+    check_inputs(recipe)
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
-    folder = checkpoint.resolve(source)
-    state = checkpoint.load_weights(folder, model)
+    folder = None if source is None else checkpoint.resolve(source)
+    state = {"step": 0} if folder is None else checkpoint.load_weights(folder, model)
     dtype = torch.bfloat16 if hardware.get("bf16", {}).get("enabled") else torch.float32
     attention, sentence = choose_attention(world.device, dtype)
     run_dir = recipe.run_dir
     if world.is_main:
-        print(f"recipe {name}, checkpoint {folder} (step {state.get('step', 'unknown')}), {sentence}", flush=True)
+        loaded = folder or "none: initial weights"
+        print(f"recipe {name}, checkpoint {loaded} (step {state.get('step', 'unknown')}), {sentence}", flush=True)
         run_dir.mkdir(parents=True, exist_ok=True)
         if not (run_dir / "recipe.json").is_file():
             about = {
@@ -61,7 +63,7 @@ def evaluate_checkpoint(
                 "device": str(world.device),
                 "attention": attention,
                 "starter": world.starter,
-                "checkpoint": str(folder),
+                "checkpoint": None if folder is None else str(folder),
                 "command": command_line(),
             }
             (run_dir / "recipe.json").write_text(json.dumps(about, indent=1))

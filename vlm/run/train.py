@@ -13,14 +13,15 @@ import psutil
 import torch
 
 from vlm.config import differences, to_dict
-from vlm.data.loader import TrainLoader
+from vlm.data.loader import Samples, TrainLoader
 from vlm.data.order import batch_digest
 from vlm.data.rng import derive_seed
 from vlm.data.shards import ShardSet
 from vlm.distributed import World, barrier, share_object
 from vlm.nn.attention import choose_attention
-from vlm.recipe import Recipe
+from vlm.recipe import Recipe, check_inputs
 from vlm.run import checkpoint, evaluate
+from vlm.run.audit import Audit
 from vlm.run.checkpoint import Progress
 from vlm.run.engine import Engine, StepResult, derive, zero_stage
 from vlm.run.log import RunLog, command_line, git_commit, versions
@@ -41,8 +42,10 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
     Raises:
         UserError: settings, files or data are wrong; FloatingPointError: the loss or gradient is not finite.
     """
+    check_inputs(recipe)
     shards = ShardSet(recipe.data.shards)
-    total_steps = steps_of(recipe, len(shards))
+    samples = len(Samples(shards, recipe.inputs))
+    total_steps = steps_of(recipe, samples)
     config = derive(hardware, recipe, world.size)
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
@@ -64,9 +67,14 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
         name=name,
         config=to_dict(recipe),
     )
-    log.say(_introduce(recipe, name, shards, total_steps, config, world, model, sentence))
+    log.say(_introduce(recipe, name, shards, samples, total_steps, config, world, model, sentence))
     if found:
         log.say(f"resuming from {found} (step {progress.step})")
+    elif recipe.eval is not None and recipe.eval.at_start:
+        before = folder / "before_training"
+        if world.is_main:
+            before.mkdir(exist_ok=True)
+        evaluate.run(recipe, engine, world, before, say=log.say)
 
     _train_steps(recipe, engine, shards, progress, total_steps, log)
 
@@ -86,6 +94,7 @@ def _train_steps(
     loader = TrainLoader(
         shards,
         recipe.inputs,
+        views=list(recipe.views),
         seed=recipe.seed,
         global_batch_size=recipe.global_batch_size,
         world_size=world.size,
@@ -97,8 +106,9 @@ def _train_steps(
         substitutes=recipe.data.substitutes,
     )
     quarantine = Quarantine(recipe, shards, progress.quarantined, world)
-    learning_rate = schedule_of(recipe, len(shards), total_steps)
+    learning_rate = schedule_of(recipe, len(loader.samples), total_steps)
     throughput = Throughput(engine.model, world)
+    audit = Audit(engine, recipe.audit_steps, log.say)
     saved_at = progress.step
 
     for step in range(progress.step, total_steps):
@@ -117,6 +127,7 @@ def _train_steps(
                 "quarantined": len(quarantine.keys),
             }
         )
+        audit.after_step(step, learning_rate(step), micro_batches, result.counts)
         is_best = False
         if recipe.eval is not None and recipe.eval.every and progress.step % recipe.eval.every == 0:
             is_best = evaluate.is_best(recipe, engine, world, progress, log.say)
@@ -128,6 +139,7 @@ def _train_steps(
             )
             saved_at = progress.step
     assert saved_at == progress.step
+    audit.finish()
 
 
 def _row(
@@ -154,11 +166,12 @@ def _row(
         "data_wait": data_wait,
         "samples_per_s": recipe.global_batch_size / elapsed,
         "batch_digest": batch_digest(keys),
+        **result.counters,
     }
 
 
 def steps_of(recipe: Recipe, records: int) -> int:
-    """How many optimizer steps a recipe makes over shards of `records` records (known before step 0 on every rank)."""
+    """How many optimizer steps a recipe makes over `records` samples (known before step 0 on every rank)."""
     if recipe.steps is not None:
         return recipe.steps
     assert recipe.epochs is not None
@@ -219,6 +232,7 @@ _MAY_CHANGE = (
     "run_dir",
     "log_every",
     "wandb",
+    "audit_steps",
     "checkpoint_every",
     "checkpoint_keep",
     "eval",
@@ -293,6 +307,7 @@ def _introduce(
     recipe: Recipe,
     name: str,
     shards: ShardSet,
+    samples: int,
     total_steps: int,
     config: dict[str, Any],
     world: World,
@@ -301,12 +316,13 @@ def _introduce(
 ) -> str:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    epochs = math.ceil(total_steps * recipe.global_batch_size / len(shards) * 10) / 10
+    held = "" if samples == len(shards) else f"with {samples:,} questions "
+    epochs = math.ceil(total_steps * recipe.global_batch_size / samples * 10) / 10
     return (
         f"recipe {name}: {trainable:,} trainable and {frozen:,} frozen parameters\n"
         f"world size {world.size} (started by {world.starter}) on {_device_name(world)}, ZeRO stage "
         f"{zero_stage(config)}, {'bf16' if config.get('bf16', {}).get('enabled') else 'fp32'}, {attention}\n"
-        f"{len(shards):,} records in {shards.path}, {total_steps} steps of {recipe.global_batch_size} "
+        f"{len(shards):,} records {held}in {shards.path}, {total_steps} steps of {recipe.global_batch_size} "
         f"({epochs} epochs), micro-batch {config['train_micro_batch_size_per_gpu']} x "
         f"{config['gradient_accumulation_steps']} accumulation"
     )

@@ -1,0 +1,291 @@
+"""From a record with questions to rows of text, and from rows to a batch: what systems that answer questions train on.
+
+A record is one video with all its questions. In training one sample is one question, as in the published code, or with
+`share_questions` one video, whose questions then share the pass over its frames and caption. In a test a record is read
+once for all its questions and options.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm.data.features import cut_span, read_features, spread_frames
+from vlm.data.packing import pack, pack_trees, row_of, share_prefixes
+from vlm.data.prompts import PromptEncoder
+from vlm.data.rng import SampleRng
+from vlm.data.shards import ShardSet
+from vlm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from vlm.data.video import DecodeError
+from vlm.data.views import VIEWS, Item, caption, find_caption, items, random_suffix, without_lead
+from vlm.types import Ask, Batch, Example, Prompt, Record, Row, UserError, Visit
+
+BLIND = "blind"
+PROBES = (BLIND,)
+"""Conditions that should break a model that looks at the video: its features are zeroed."""
+
+
+@dataclass(slots=True, kw_only=True)
+class QuestionConfig:
+    """Multiple-choice questions about videos whose frames' features were computed before."""
+
+    tokenizer: Path | None = None
+    """A tokenizer.model (sentencepiece or tiktoken) or a folder with one; none: bytes, for debugging only."""
+    max_length: int = 128
+    """Longest row, in tokens, its video included. Rows are never padded to it."""
+    max_caption_length: int | None = None
+    """Longest row of the view `caption`; none: as `max_length`."""
+    overflow: Literal["shorten", "tail"] = "shorten"
+    """What a row that is too long loses. shorten: the end of its caption or dialogue, never its answer. tail: its last
+    tokens, the answer first, as in the published code."""
+    num_frames: int = 10
+    """Frames of a video (N), each one token."""
+    feature_dim: int = 768
+    """Width of a frame's features (CLIP ViT-L/14: 768)."""
+    use_video: bool = True
+    """Whether rows have video tokens. False: captions alone."""
+    blind_placeholders: bool = False
+    """Rows without video keep N places for it, filled with the token 0. Released Vamos weights on captions, or with
+    `alternate`, were trained so; it serves nothing else."""
+    caption: str | None = None
+    """Name of the caption file (without .json) whose text stands in the prompt; none: no caption there."""
+    caption_target: str | None = None
+    """Name of the caption file whose text the view `caption` teaches."""
+    caption_part: Literal["whole", "suffix"] = "suffix"
+    """What of the caption is taught. suffix: from one of its sentences on, drawn anew each time (ViCo)."""
+    caption_lead: bool = True
+    """Whether the taught caption keeps the sentence that published files put before each."""
+    caption_skip: int = 0
+    """First tokens of the taught caption that are not to be predicted. Released ViCo weights were trained with 3, by a
+    slip of the original."""
+    dialogue: bool = False
+    """Put what is said in the span of a question into its prompts (the originals' --sub)."""
+    whole_spans: bool = False
+    """Look beyond the seconds that a question of Perception Test is about, as the published code did; the rest of those
+    videos gives the answer away."""
+    alternate: bool = False
+    """Vamos' --alter_train: in epochs 0, 2, 4, … training rows have no video tokens; tests always have."""
+    share_questions: bool = False
+    """One sample is one video with all its questions in one tree of rows. global_batch_size then counts videos."""
+
+    def __post_init__(self) -> None:
+        self.tokenizer = None if self.tokenizer is None else Path(self.tokenizer)
+        for name in ("max_length", "num_frames", "feature_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"inputs.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.caption_skip < 0:
+            raise ValueError(f"inputs.caption_skip is {self.caption_skip}; it must be 0 or more")
+        if self.alternate and not self.use_video:
+            raise ValueError(
+                "inputs.alternate leaves the video out of every other epoch, but inputs.use_video is false"
+            )
+        if self.alternate and self.caption is None:
+            raise ValueError(
+                "inputs.alternate: without inputs.caption the epochs without video would have nothing to read"
+            )
+
+    # ------------------------------------------------------------------------------------------ what the loader calls
+
+    def parts(self, shards: ShardSet) -> np.ndarray | None:
+        """(records,) samples of each record: its questions; None: each record is one."""
+        if not shards.num_questions.any():
+            raise UserError(
+                f"{shards.path}: its records have no questions, so there is nothing to answer; make shards of a set "
+                "that has them (nextqa, intentqa, perception_test, star, tvqa, shapes)"
+            )
+        return None if self.share_questions else shards.num_questions
+
+    def train(self, record: Record, rng: SampleRng, visit: Visit) -> list[Example]:
+        """One question (`visit.part`), or all of a video, with a row for each view.
+
+        Raises:
+            DecodeError: the record's features or caption are missing or damaged.
+            UserError: a question has no published answer; a view is unknown.
+        """
+        asked = self._items(record)
+        if visit.part is not None:
+            asked = (asked[visit.part],)
+        blind = not self.use_video or (self.alternate and visit.epoch % 2 == 0)
+        features, cuts = self._features(record, asked)
+        counters: dict[str, int] = {}
+        rows = {
+            view: tuple(
+                self._row(self._prompt(view, item, rng), view, cut, blind, counters) for item, cut in zip(asked, cuts)
+            )
+            for view in visit.views
+        }
+        key = record.key if visit.part is None else asked[0].id
+        return [Example(key=key, features=features, rows=rows, counters=counters)]
+
+    def collate(self, examples: Sequence[Example], rng: SampleRng) -> Batch:
+        """A training batch: the rows of each view end to end."""
+        views = {}
+        for view in examples[0].rows:
+            several = [[_moved(row, first) for row in example.rows[view]] for example, first in _counted(examples)]
+            if self.share_questions:
+                trees = [share_prefixes(rows, learnt=False) for rows in several]
+                views[view] = pack_trees(trees, self.num_frames)
+            else:
+                views[view] = pack([row for rows in several for row in rows], self.num_frames)
+        return replace(self._batch(examples), views=views)
+
+    # ------------------------------------------------------------------------------------------ what tests call
+
+    task = "choice"
+
+    def asks(self, record: Record) -> tuple[Ask, ...]:
+        """The record's questions."""
+        return tuple(
+            Ask(item.id, item.answer, item.kind, item.question, item.options) for item in self._items(record, test=True)
+        )
+
+    def all_views(self, record: Record, rng: SampleRng, probes: Sequence[str]) -> dict[str, list[Example]]:
+        """All questions of a record with all their options, under "" and under each probe's name."""
+        for probe in probes:
+            if probe not in PROBES:
+                near = difflib.get_close_matches(probe, PROBES, n=1, cutoff=0.0)[0]
+                raise UserError(f"eval.probes: there is no probe {probe!r} for questions; did you mean {near!r}?")
+        asked = self._items(record)
+        features, cuts = self._features(record, asked)
+        counters: dict[str, int] = {}
+        answer = VIEWS["answer"]
+        options = tuple(
+            tuple(
+                self._row(answer(item, option), "answer", cut, not self.use_video, counters)
+                for option in range(len(item.options))
+            )
+            for item, cut in zip(asked, cuts)
+        )
+        example = Example(key=record.key, features=features, options=options, counters=counters)
+        dark = None if features is None else torch.zeros_like(features)
+        return {"": [example], **{probe: [replace(example, features=dark, counters={})] for probe in probes}}
+
+    def test_batch(self, examples: Sequence[Example]) -> Batch:
+        """A test batch: for each video a tree of what its questions and options share."""
+        trees = [
+            share_prefixes([[_moved(row, first) for row in options] for options in example.options])
+            for example, first in _counted(examples)
+        ]
+        return replace(self._batch(examples), options=pack_trees(trees, self.num_frames))
+
+    def blank(self) -> Example:
+        """An example that stands in where a process has nothing left to score."""
+        row = self._row(VIEWS["answer"](Item(question="?", options=("?",)), 0), "answer", 0, not self.use_video, {})
+        features = torch.zeros(1, self.num_frames, self.feature_dim) if self.use_video else None
+        return Example(key="", features=features, options=((row,),))
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    @property
+    def vocab_size(self) -> int:
+        """Words that the model must know."""
+        return _tokenizer(self.tokenizer).vocab_size
+
+    def _items(self, record: Record, test: bool = False) -> tuple[Item, ...]:
+        """The record's questions with ids that are unique in its shard set, and captions."""
+        context = target = ""
+        if not test and self.caption is not None:
+            context = without_lead(self._caption(record, self.caption))
+        if not test and self.caption_target is not None:
+            target = self._caption(record, self.caption_target)
+            target = target if self.caption_lead else without_lead(target)
+        found = items(record.annotation, context=context, caption=target)
+        return tuple(
+            replace(item, id=f"{record.key}_{item.id or number}", dialogue=item.dialogue if self.dialogue else "")
+            for number, item in enumerate(found)
+        )
+
+    def _caption(self, record: Record, name: str) -> str:
+        try:
+            return find_caption(record.annotation, name)
+        except UserError as error:
+            raise DecodeError(f"record {record.key!r} of {record.shard}: {error}") from error
+
+    def _features(self, record: Record, asked: Sequence[Item]) -> tuple[Tensor | None, list[int]]:
+        """(V, N, D) features of each stretch of the video that is asked about, and which of them each question has."""
+        if not self.use_video:
+            return None, [0] * len(asked)
+        whole = read_features(record)
+        if whole.shape[1] != self.feature_dim:
+            raise UserError(
+                f"{record.shard}: the features of {record.key!r} are {whole.shape[1]} wide, but inputs.feature_dim = "
+                f"{self.feature_dim}: they come from another encoder than the recipe's; set inputs.feature_dim and "
+                "model.feature_dim, or make the shards with the right features"
+            )
+        spans = list(dict.fromkeys(item.span for item in asked))
+        cuts = [spread_frames(self._cut(whole, record, span), self.num_frames) for span in spans]
+        return torch.from_numpy(np.stack(cuts)), [spans.index(item.span) for item in asked]
+
+    def _cut(self, whole: np.ndarray, record: Record, span: tuple[float, float] | None) -> np.ndarray:
+        cut = cut_span(whole, record.annotation, span, whole=self.whole_spans)
+        if len(cut) or span is None:
+            return cut
+        # no frame was seen within the span: the last one before its end
+        last = min(int(span[1] * record.annotation["features"]["fps"]), len(whole) - 1)
+        return whole[max(last, 0)][None]
+
+    def _prompt(self, view: str, item: Item, rng: SampleRng) -> Prompt:
+        if view not in VIEWS:
+            raise UserError(f"views: there is no view {view!r}; known: {', '.join(VIEWS)}")
+        if view == "caption":
+            if self.caption_target is None:
+                raise UserError("views: `caption` needs inputs.caption_target, the name of the file that it teaches")
+            text = random_suffix(item.caption, rng.python) if self.caption_part == "suffix" else item.caption
+            return caption(replace(item, caption=text), skip=self.caption_skip)
+        if item.answer is None:
+            raise UserError(
+                f"question {item.id!r} has no published answer, so it cannot be trained on; use another split"
+            )
+        return VIEWS[view](item, item.answer)
+
+    def _row(self, prompt: Prompt, view: str, cut: int, blind: bool, counters: dict[str, int]) -> Row:
+        length = self.max_caption_length if view == "caption" and self.max_caption_length else self.max_length
+        places = self.num_frames if self.blind_placeholders or not blind else 0
+        tokens = _encoder(self.tokenizer, places, length, self.overflow).encode(prompt)
+        counters["rows_shortened"] = counters.get("rows_shortened", 0) + bool(tokens.dropped)
+        counters["tokens_dropped"] = counters.get("tokens_dropped", 0) + tokens.dropped
+        counters["rows_too_long"] = counters.get("rows_too_long", 0) + bool(tokens.excess)
+        return row_of(tokens, cut, blind=blind)
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        features = [example.features for example in examples if example.features is not None]
+        assert len(features) in (0, len(examples))
+        counters: dict[str, int] = {}
+        for example in examples:
+            for name, count in example.counters.items():
+                counters[name] = counters.get(name, 0) + count
+        return Batch(
+            keys=tuple(example.key for example in examples),
+            features=torch.cat(features) if features else None,
+            counters=counters,
+        )
+
+
+def _counted(examples: Sequence[Example]) -> Iterable[tuple[Example, int]]:
+    """Each example with the number of videos before it in the batch."""
+    first = 0
+    for example in examples:
+        yield example, first
+        first += 0 if example.features is None else len(example.features)
+
+
+def _moved(row: Row, first: int) -> Row:
+    return row._replace(sample=row.sample + first)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(path: Path | None) -> Tokenizer:
+    return ByteTokenizer() if path is None else load_tokenizer(path)
+
+
+@lru_cache(maxsize=8)
+def _encoder(path: Path | None, frames: int, length: int, overflow: Literal["shorten", "tail"]) -> PromptEncoder:
+    return PromptEncoder(tokenizer=_tokenizer(path), num_video_tokens=frames, max_length=length, overflow=overflow)

@@ -66,6 +66,14 @@ class System(nn.Module):
         """Whether the parameter of this name trains: the one predicate that decides it."""
         return True
 
+    def reached(self, name: str, batch: Batch) -> bool:
+        """Whether the losses of this batch depend on the trainable parameter of this name (see vlm.run.audit).
+
+        False excuses the parameter from having a gradient: text alone does not reach what reads video. A parameter
+        whose gradient is zero only because a gate in front of it still is counts as reached.
+        """
+        return True
+
     def freeze(self) -> None:
         """Set `requires_grad` by `trainable`, and remember the hash of what is frozen."""
         for name, parameter in self.named_parameters():

@@ -20,11 +20,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,33 +80,71 @@ def save(root: Path, engine: Any, progress: Progress, about: dict[str, Any], *, 
             **about,
         }
         try:
-            _write(root, final, {**weights, **buffers}, moments, state, engine.model.frozen_hash())
+            shapes = _trained_shapes(engine)
+            own = shapes | {name: b.shape for name, b in buffers.items()}
+            adam = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in zero_state.MOMENTS}
+            want = {"model.safetensors": own, "optimizer.safetensors": adam}
+            _write(root, final, {**weights, **buffers}, moments, state, engine.model.frozen_hash(), want)
             if is_best:
                 _point(root, "best", final.name)
             _prune(root, keep)
         except OSError as error:
-            _raise_on_all(f"{final}: the checkpoint could not be written ({error}); the previous one is intact")
+            _raise_on_all(
+                OSError(f"{final}: the checkpoint could not be written ({error}); the previous one is intact")
+            )
+        except UserError as error:
+            _raise_on_all(error)
     _raise_on_all(None)
     return final
 
 
-def _raise_on_all(message: str | None) -> None:
+def _raise_on_all(error: Exception | None) -> None:
     """Rank 0 says whether the write failed; all ranks raise together, so none waits for the others."""
-    message = share_object(message)
-    if message is not None:
-        raise OSError(message)
+    error = share_object(error)
+    if error is not None:
+        raise error
+
+
+def _trained_shapes(engine: Any) -> dict[str, Sequence[int]]:
+    """Every tensor that the engine was built to train and its whole shape."""
+    parameters = dict(engine.model.named_parameters())
+    return {name: getattr(parameters[name], "ds_shape", parameters[name].shape) for name in engine.names.values()}
+
+
+def _compare_contents(path: Path, want: Mapping[str, Sequence[int]]) -> None:
+    """Open what was written and refuse it (UserError) if a tensor is not in it, or of another shape, or too many."""
+    from vlm.weights import diff_keys
+
+    with safe_open(path, "pt") as file:
+        have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    difference = diff_keys(have, want)
+    if difference:
+        raise UserError(
+            f"{path}: does not hold what trains, so a run that resumes from it would lose it: {difference}\n"
+            "The checkpoint before it is intact, and `latest` still names it. Mend: look for requires_grad that was "
+            "changed after the model was built, or a parameter that was replaced"
+        )
 
 
 def _write(
-    root: Path, final: Path, tensors: dict[str, Tensor], moments: dict[str, Tensor], state: dict[str, Any], frozen: str
+    root: Path,
+    final: Path,
+    tensors: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    state: dict[str, Any],
+    frozen: str,
+    want: Mapping[str, Mapping[str, Sequence[int]]],
 ) -> None:
-    """Everything into a temporary folder, flushed to disk, then one rename; `latest` moves last."""
+    """Everything into a temporary folder, compared with what trains (`want`: file -> name -> shape), flushed to disk,
+    then one rename; `latest` moves last."""
     temporary = root / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
     save_file(moments, temporary / "optimizer.safetensors", metadata={"format": "pt"})
     (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    for name, shapes in want.items():
+        _compare_contents(temporary / name, shapes)
     files = {}
     for path in sorted(temporary.iterdir()):
         path.chmod(0o644)

@@ -6,7 +6,7 @@ processes. Each call below is collective (every rank calls it in the same order)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,12 @@ def read(engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     prime(engine)
     for name, parameter in _trainable(engine):
         yield name, {kind: _read_one(engine, parameter, kind) for kind in ("param", *MOMENTS)}
+
+
+def without_gradient(engine: Any, names: Collection[str]) -> list[str]:
+    """Those of the trainable tensors `names` whose first moment is all zero: Adam never had a gradient of them."""
+    prime(engine)
+    return [n for n, p in _trainable(engine) if n in names and not bool(_read_one(engine, p, "exp_avg").any())]
 
 
 def write(engine: Any, name: str, values: dict[str, Tensor]) -> None:

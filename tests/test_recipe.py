@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vlm.config import describe, to_dict
+from vlm.data.questions import QuestionConfig
 from vlm.recipe import load, names
 from vlm.run.train import schedule_of, steps_of
 from vlm.types import UserError
@@ -23,7 +24,13 @@ def test_every_recipe_builds_and_documents_itself(name):
     overrides = ["model.init_from=none"] if hasattr(recipe.model, "init_from") else []
     with torch.device("meta"):
         model = load(name, overrides).model.build()
-    assert set(recipe.views) == {"pixels"} if name.startswith("video_mae") else {"label"}
+    if isinstance(recipe.inputs, QuestionConfig):
+        assert recipe.inputs.use_video == recipe.model.use_video
+        sizes = [(part.num_frames, part.feature_dim) for part in (recipe.inputs, recipe.model)]
+        assert sizes[0] == sizes[1] or not recipe.model.use_video
+        assert ("caption" in recipe.views) == (recipe.inputs.caption_target is not None)
+        return
+    assert set(recipe.views) == ({"pixels"} if name.startswith("video_mae") else {"label"})
     assert model.input_shape[1] == recipe.inputs.num_frames
     assert model.input_shape[2:] == (recipe.inputs.size, recipe.inputs.size)
     if hasattr(recipe.model, "num_classes"):
@@ -55,6 +62,51 @@ def test_published_fine_tuning_numbers(name, lr, batch, epochs, layer_decay, tra
     assert schedule(0) == 0
     assert schedule(warmup - 1) == schedule(warmup) == pytest.approx(lr)
     assert schedule(total - 1) == pytest.approx(1e-6 * batch / 256, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "max_length", "batch", "epochs", "frames", "lr", "weight_decay"),
+    [
+        ("vamos.nextqa_cap", 1200, 64, 10, 6, 0.0225, 0.14),
+        ("vamos.nextqa_vis", 128, 64, 5, 6, 0.0225, 0.14),
+        ("vamos.nextqa_vis_cap", 1200, 64, 10, 6, 0.0225, 0.14),
+        ("vamos.intentqa_cap", 512, 64, 5, 6, 0.0225, 0.14),
+        ("vamos.intentqa_vis", 128, 64, 5, 6, 0.0225, 0.14),
+        ("vamos.intentqa_vis_cap", 1200, 64, 10, 6, 0.0225, 0.14),
+        ("vamos.ptest_cap", 1200, 64, 10, 10, 0.0225, 0.14),
+        ("vamos.ptest_vis", 256, 64, 5, 10, 0.0225, 0.14),
+        ("vamos.ptest_vis_cap", 1200, 64, 10, 10, 0.0225, 0.14),
+        ("vico.nextqa", 160, 128, 10, 10, 0.045, 0.14),
+        ("vico.star", 160, 128, 10, 10, 0.045, 0.14),
+        ("vico.tvqa", 160, 128, 10, 10, 0.045, 0.14),
+        ("vico.intentqa", 160, 128, 10, 10, 0.045, 0.14),
+        ("llama_vqa.nextqa", 128, 64, 5, 10, 0.0225, 0.14),
+        ("llama_vqa.star", 128, 32, 5, 10, 0.01125, 0.16),
+        ("llama_vqa.tvqa", 650, 32, 5, 10, 0.00875, 0.02),
+    ],
+)
+def test_published_numbers_of_question_answering(name, max_length, batch, epochs, frames, lr, weight_decay):
+    recipe = load(name)
+    assert (recipe.inputs.max_length, recipe.global_batch_size, recipe.epochs) == (max_length, batch, epochs)
+    assert recipe.inputs.num_frames == frames
+    assert recipe.optim.lr == pytest.approx(lr)
+    assert (recipe.optim.weight_decay, recipe.optim.betas, recipe.optim.warmup_epochs) == (weight_decay, (0.9, 0.95), 2)
+    family, _, run = name.partition(".")
+    views = {
+        "vamos": {"answer": 1.0},
+        "vico": {"answer": 1.0, "caption": 0.5},
+        "llama_vqa": {"answer": 1.0, "question": 1.0, "video_order": 1.0},
+    }
+    assert recipe.views == views[family]
+    assert recipe.inputs.alternate == run.endswith("vis_cap")
+    assert recipe.model.use_video != (run.endswith("_cap") and not run.endswith("vis_cap"))
+    assert recipe.model.temporal_embedding == (recipe.model.video_bias is not None) == (family != "vamos")
+    with torch.device("meta"):
+        model = recipe.model.build()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    projector = 4096 * 768 if recipe.model.use_video else 0
+    extra = 0 if family == "vamos" else 32 * 32 + 10 * 4096
+    assert trained == 10 * 32 * 4096 + projector + 32 * 32 + extra
 
 
 def test_pretraining_numbers():

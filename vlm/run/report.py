@@ -20,6 +20,7 @@ from typing import Any
 from vlm.metrics.classify import class_accuracy, confusion_matrix
 from vlm.run.charts import Line, line_chart, matrix_chart, number, smooth
 from vlm.run.report_clips import TestClips, strips
+from vlm.run.report_questions import kind_rows, questions
 from vlm.run.report_style import STYLE
 from vlm.run.run_folder import read_json, read_predictions, read_rows
 from vlm.types import Prediction, UserError
@@ -27,13 +28,19 @@ from vlm.types import Prediction, UserError
 MEANS = {
     "top1": "share of the test clips whose highest score is the true class",
     "top5": "share of the test clips whose true class is among the five highest scores",
-    "chance": "what guessing would give: one over the number of classes",
+    "chance": "what guessing would give: one over the number of classes or options",
     "top1_one_frame": "the same model on one frame of each clip, repeated: what can be guessed without motion",
     "top1_shuffled_frames": "the same model on the frames in random order: what can be guessed without direction",
 }
+MEANS |= {
+    "accuracy": "share of the questions whose highest score is the right option",
+    "accuracy_blind": "the same model with the video's features zeroed: what can be guessed from the text",
+    "accuracy_mean_of_kinds": "mean over the kinds of questions",
+}
 DEMO_LIMITS = {
     "top1": (0.85, "at least"),
-    "chance": (0.125, "at most"),
+    "accuracy": (0.85, "at least"),
+    "accuracy_blind": (0.40, "at most"),
     "top1_one_frame": (0.35, "at most"),
     "top1_shuffled_frames": (0.65, "at most"),
 }
@@ -87,6 +94,11 @@ class RunFiles:
     def class_names(self) -> list[str]:
         return self.clips.class_names(self.predictions)
 
+    @property
+    def asked(self) -> bool:
+        """Whether the predictions are answers to questions."""
+        return bool(self.predictions) and self.predictions[0].kind is not None
+
     def _test_shards(self) -> Path | None:
         """The folder of test shards: as the run named it, seen from here or from the repository."""
         named = self.evaluation.get("shards") or _at(self.about, "config", "eval", "shards")
@@ -110,6 +122,7 @@ def write_report(run_dir: Path) -> Path:
     sections = (
         ("", _headline),
         ("Training", _training),
+        ("Questions", _questions),
         ("Test clips", _clips),
         ("Confusion", _confusion),
         ("Records that could not be used", _unusable),
@@ -156,7 +169,7 @@ def _headline(run: RunFiles) -> str:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
         means, wanted = escape(MEANS.get(name, "")), ""
-        if name == "top1" and run.predictions:
+        if name in ("top1", "accuracy") and run.predictions:
             low, high = wilson(value, len(run.predictions))
             means += f"; 95 % interval {low:.3f} to {high:.3f}"
         if name in limits:
@@ -217,8 +230,22 @@ def _figure(title: str, chart: str) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
 
 
+def _questions(run: RunFiles) -> str:
+    if not run.asked:
+        return ""
+    wrong = sum(p.truth != p.prediction for p in run.predictions)
+    said = (
+        f"{len(run.predictions)} questions, {wrong} wrong. Shown: up to four wrong ones, the surest first, then right "
+    )
+    said += "ones. A score is minus the mean loss of the option's tokens: the highest is chosen."
+    kinds = kind_rows(run.predictions, _at(run.evaluation, "protocol", "eval", "kinds") or {})
+    rows = [{"kind": name, "right": right, "of": of, "accuracy": f"{right / of:.3f}"} for name, right, of in kinds]
+    table = _table(["kind", "right", "of", "accuracy"], rows) if rows else ""
+    return f"<p>{said}</p>{table}{questions(run.predictions, run.clips)}"
+
+
 def _clips(run: RunFiles) -> str:
-    if not run.predictions:
+    if not run.predictions or run.asked:
         return ""
     wrong = sum(p.truth != p.prediction for p in run.predictions)
     said = (
@@ -228,7 +255,7 @@ def _clips(run: RunFiles) -> str:
 
 
 def _confusion(run: RunFiles) -> str:
-    if not run.predictions:
+    if not run.predictions or run.asked:
         return ""
     names = run.class_names
     counts = confusion_matrix(run.predictions).tolist()

@@ -98,17 +98,18 @@ def _strip(prediction: Prediction, clips: TestClips, names: Sequence[str]) -> st
     for probe, scores in prediction.probes.items():
         best = int(np.argmax(scores))
         lines.append(f'<span class="quiet">{escape(probe.replace("_", " "))}: {escape(names[best])}</span>')
-    return (
-        f'<div class="clip"><div class="frames">{_frames(prediction.key, clips)}</div><p>{"<br>".join(lines)}</p></div>'
-    )
+    frames = frames_of(prediction.key, clips)
+    return f'<div class="clip"><div class="frames">{frames}</div><p>{"<br>".join(lines)}</p></div>'
 
 
-def _frames(key: str, clips: TestClips) -> str:
+def frames_of(key: str, clips: TestClips) -> str:
+    """HTML of a few frames of a record's video, or a sentence that says why there are none."""
     if clips.missing:
         return f'<p class="missing">{escape(clips.missing)}</p>'
     try:
         record = clips.read(key)
-        assert record.video is not None
+        if record.video is None:
+            return '<p class="quiet">the shards hold features of this video, not the video</p>'
         count = record.num_frames if record.num_frames > 0 else count_frames(record.video)
         picked = np.linspace(0, count - 1, FRAMES_A_CLIP).round().astype(int).tolist()
         frames = decode(record.video, picked, decoders=record.decoders)

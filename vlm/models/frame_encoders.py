@@ -1,0 +1,121 @@
+"""CLIP's image encoder (Radford et al. 2021, https://arxiv.org/abs/2103.00020) as an encoder of frames.
+
+The published features of NExT-QA, STAR, TVQA and their like are its `image_embeds`, not normalised: ViT-L/14, 768 wide.
+An encoder of frames is a module with `width`, `prepare` (a picture -> the uint8 picture that it wants) and a `forward`
+from uint8 pictures to features; vlm/models/glimpse.py is another one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.data.frame_pixels import CentreCrop
+from vlm.types import UserError
+from vlm.weights import diff_keys, open_tensors
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, RGB in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+_PARTS = ("vision_model.", "visual_projection.")  # the rest of a CLIP folder reads text
+_CONSTANT = "vision_model.embeddings.position_ids"  # stored by older versions
+_BICUBIC = 3  # Pillow's number
+
+
+class ClipFrames(nn.Module):
+    """`forward`: uint8 (n, crop, crop, 3) -> `image_embeds` (n, width) float32, not normalised to length 1."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        width: int,
+        prepare: CentreCrop,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.width = width
+        self.prepare = prepare
+        self.mean, self.std = mean, std
+
+    def forward(self, frames: Tensor) -> Tensor:
+        mean, std = (torch.tensor(values, device=frames.device) for values in (self.mean, self.std))
+        pixels = ((frames.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        dtype = next(self.model.parameters()).dtype
+        return self.model(pixel_values=pixels.to(dtype)).image_embeds.float()
+
+
+def load_clip(folder: Path) -> ClipFrames:
+    """The image encoder of a Hugging Face folder of CLIP, on the CPU in float32.
+
+    Pictures are resized, cut and normalised as its preprocessor_config.json says, else as CLIP's own. UserError: the
+    folder is absent, of another model, lacks a tensor (none is left at random), or asks for what is not done here.
+    """
+    # Here, since the processes that decode import this file and have no use for it.
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = _read(folder / "config.json")
+    if config.get("model_type") == "clip":
+        settings = config.get("vision_config") or {}
+        settings = settings | {"projection_dim": config.get("projection_dim", settings.get("projection_dim", 512))}
+    elif config.get("model_type") == "clip_vision_model":
+        settings = config
+    else:
+        raise UserError(f"{folder}: config.json is of a {config.get('model_type')!r}, not of CLIP (clip-vit-…)")
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings)).eval().requires_grad_(False)
+    stored = {name: read for name, read in open_tensors(folder).items() if name.startswith(_PARTS)}
+    stored.pop(_CONSTANT, None)
+    state = {name: read() for name, read in stored.items()}
+    diff_keys(state, model.state_dict()).require(f"{folder} as CLIP's image encoder")
+    model.load_state_dict(state)
+    file = folder / "preprocessor_config.json"
+    size = int(model.config.image_size)
+    prepare, mean, std = _preprocessing(_read(file) if file.is_file() else {}, size, file)
+    return ClipFrames(model, width=int(model.config.projection_dim), prepare=prepare, mean=mean, std=std)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.parent.is_dir():
+        raise UserError(
+            f"{file.parent}: no such folder of an encoder; CLIP's can be had by `hf download "
+            "openai/clip-vit-large-patch14 --local-dir pretrained/clip-vit-large-patch14`"
+        )
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}): an encoder is a folder of CLIP as transformers saves it"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is no JSON object")
+    return content
+
+
+def _preprocessing(
+    said: dict[str, Any], size: int, file: Path
+) -> tuple[CentreCrop, tuple[float, ...], tuple[float, ...]]:
+    """What a preprocessor_config.json says, else CLIP's for pictures of `size`; UserError where it differs."""
+    short, crop = said.get("size", size), said.get("crop_size", size)
+    short = short.get("shortest_edge") if isinstance(short, dict) else short
+    crops = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
+    done = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    if (
+        not isinstance(short, int)
+        or crops != (size, size)
+        or short < size
+        or said.get("resample", _BICUBIC) != _BICUBIC
+        or not all(said.get(step, True) for step in done)
+        or abs(said.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6
+    ):
+        raise UserError(
+            f"{file} asks for other steps than CLIP's (short side, bicubic; centre crop of {size} pixels; normalise): "
+            "features of it would not be what its model expects; mend it, or take it away to get CLIP's steps"
+        )
+    prepare = CentreCrop(short_side=short, crop=size)
+    return prepare, tuple(said.get("image_mean", MEAN)), tuple(said.get("image_std", STD))

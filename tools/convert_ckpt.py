@@ -3,6 +3,8 @@
     python tools/convert_ckpt.py vit_b_pretrain.pth ckpt/vit_b --from videomae --to vlm
     python tools/convert_ckpt.py ckpt/vit_b hf/vit_b --from vlm --to hf
     python tools/convert_ckpt.py runs/ssv2_s_llama out.pth --from vlm --to vit_llama --base llama/7B
+    python tools/convert_ckpt.py best.pth ckpt/cap --from vamos --to vlm --recipe vamos.nextqa_cap --base llama3/8B
+    python tools/convert_ckpt.py llama/7B hf/7B --from meta_llama --to hf
 
 Every conversion goes through our names. Missing or unexpected tensors are an error that shows the nearest names; what
 is left behind is printed. What was written is read back and compared before it gets its name. docs/convert.md.
@@ -13,30 +15,36 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from vlm.models import gated_files, llama_files
+from vlm.models.describe import describe
 from vlm.models.formats import Model, model_config, read_hf, read_pth, write_hf, write_pth
-from vlm.models.frozen_base import compare_with_base, fill_from_base
-from vlm.models.published import FROZEN, HAS_FROZEN, KIND_TITLES, kind_of, to_ours
+from vlm.models.frozen_base import require_tensors, settle_frozen
+from vlm.models.llama_base import LlamaBaseConfig
+from vlm.models.llama_facts import is_llama_folder, refuse_other_sizes
+from vlm.models.llama_pass import fixed_tokens, meta_logits, transformers_logits
+from vlm.models.published import FAMILIES, GATED, HAS_FROZEN, KIND_TITLES, LLAMA, kind_of, to_ours
+from vlm.models.released import GENERATIONS, input_settings, other_inputs, overrides, shown, trained_with
 from vlm.models.system import System
-from vlm.models.vit_sizes import expected_shapes, sizes_of, unusual_depth
+from vlm.models.vamos import VamosConfig
 from vlm.recipe import load
 from vlm.run import checkpoint
 from vlm.types import UserError
-from vlm.weights import atomic_file, diff_keys, file_hash, read_state_dict, state_hash, write_safetensors
+from vlm.weights import atomic_file, diff_keys, file_hash, open_tensors, read_state_dict, state_hash, write_safetensors
 
 WEIGHT_FILES = ("model.safetensors", "frozen.safetensors")
+UNUSED_FILE = "unused.safetensors"  # what a model of ours has no use for, but a published file holds
 
 # ------------------------------------------------------------------------------------------ our checkpoints
 
@@ -44,8 +52,13 @@ WEIGHT_FILES = ("model.safetensors", "frozen.safetensors")
 def read_vlm(path: Path, key: str | None) -> Model:
     folder = checkpoint.resolve(path)
     manifest = checkpoint.verify(folder)
+    if manifest.get("kind") == LLAMA:
+        return replace(llama_files.read_hf(folder), source=manifest["source"], dropped=[])
     tensors = {
-        name: t for f in WEIGHT_FILES if f in manifest["files"] for name, t in read_state_dict(folder / f).items()
+        name: t
+        for f in (*WEIGHT_FILES, UNUSED_FILE)
+        if f in manifest["files"]
+        for name, t in read_state_dict(folder / f).items()
     }
     described = {name: (list(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
     stated = {name: (entry["shape"], entry["dtype"]) for name, entry in manifest.get("tensors", {}).items()}
@@ -58,7 +71,7 @@ def read_vlm(path: Path, key: str | None) -> Model:
         )
     kind = kind_of(tensors)
     tensors = to_ours(tensors, "ours", kind)
-    dropped = [name for name in sorted(manifest["files"]) if name not in WEIGHT_FILES]
+    dropped = [name for name in sorted(manifest["files"]) if name not in (*WEIGHT_FILES, UNUSED_FILE)]
     return Model(
         kind=kind,
         tensors=tensors,
@@ -67,22 +80,29 @@ def read_vlm(path: Path, key: str | None) -> Model:
         frozen_hash=manifest.get("frozen_hash"),
         step=manifest.get("step", 0),
         settings=(manifest.get("recipe") or {}).get("model"),
+        run=manifest.get("recipe") or {},
     )
 
 
 def write_vlm(path: Path, model: Model, recipe: System | None) -> None:
-    path.mkdir()
-    frozen = model.frozen()
-    write_safetensors(path / "model.safetensors", model.trainable(), {"format": "pt"})
-    if frozen:
-        write_safetensors(path / "frozen.safetensors", frozen, {"format": "pt"})
+    if model.kind == LLAMA:
+        llama_files.write_hf(path, model, constants=False)
+        parts: list[Mapping[str, Tensor]] = [{}, {}, {}]
+    else:
+        path.mkdir()
+        own = {name: t for name, t in model.trainable().items() if name not in model.unused}
+        parts = [own, model.frozen(), {name: model.tensors[name] for name in sorted(model.unused)}]
+    for name, part in zip((*WEIGHT_FILES, UNUSED_FILE), parts):
+        if part:
+            write_safetensors(path / name, part, {"format": "pt"})
+    frozen = parts[1]
     files = {f.name: {"bytes": f.stat().st_size, "sha256": file_hash(f)} for f in sorted(path.iterdir())}
     recipe_part = {"recipe": {"model": model.settings}} if model.settings else {}
     manifest = {
         "format": checkpoint.FORMAT,
         "step": model.step,
         "kind": model.kind,
-        "frozen_hash": model.frozen_hash if model.kind in HAS_FROZEN and not frozen else state_hash(frozen),
+        "frozen_hash": model.frozen_hash if model.kind in (*HAS_FROZEN, *GATED) and not frozen else state_hash(frozen),
         "files": files,
         "tensors": {
             n: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in model.tensors.items()
@@ -108,12 +128,42 @@ class Format:
     holds_frozen: bool  # its files carry the frozen tensors
 
 
+def read_folder(path: Path, key: str | None) -> Model:
+    return llama_files.read_hf(path) if is_llama_folder(path) else read_hf(path, key)
+
+
+def write_folder(path: Path, model: Model, recipe: System | None) -> None:
+    if model.kind == LLAMA:
+        llama_files.write_hf(path, model)
+    else:
+        write_hf(path, model, recipe)
+
+
+def write_meta(path: Path, model: Model, recipe: System | None, shards: int | None = None) -> None:
+    llama_files.write_meta(path, model, shards)
+
+
+def write_gated(family: str, path: Path, model: Model, recipe: System | None) -> None:
+    gated_files.write(family, path, model)
+
+
 FORMATS = {
     "vlm": Format("a checkpoint folder of ours, or a run folder", read_vlm, write_vlm, True, False),
-    "hf": Format("a Hugging Face folder (config.json, model.safetensors)", read_hf, write_hf, True, True),
+    "hf": Format("a Hugging Face folder (config.json, model.safetensors)", read_folder, write_folder, True, True),
+    "meta_llama": Format(
+        "Meta's LLaMA (consolidated.*.pth, params.json)", llama_files.read_meta, write_meta, True, True
+    ),
 }
 for _name, _about in (("videomae", "VideoMAE's .pth, pretrained or fine-tuned"), ("vit_llama", "ViT-LLaMA's .pth")):
     FORMATS[_name] = Format(_about, partial(read_pth, _name), partial(write_pth, _name), False, True)
+for _name, _about in (("vamos", "Vamos"), ("flipped", "Flipped-VQA (LLaMA-VQA)"), ("vico", "ViCo")):
+    FORMATS[_name] = Format(
+        f"{_about}'s .pth of trained tensors",
+        partial(gated_files.read, _name),
+        partial(write_gated, _name),
+        False,
+        False,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,7 +188,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--from", dest="from_format", choices=FORMATS, required=True)
     parser.add_argument("--to", dest="to_format", choices=FORMATS, required=True)
     parser.add_argument("--recipe", help="check names and shapes against this recipe's model; tells heads and sizes")
-    parser.add_argument("--base", type=Path, help="LLaMA folder (Meta or Hugging Face) with the frozen layers")
+    parser.add_argument("--base", type=Path, help="LLaMA folder (Meta or Hugging Face): the frozen part")
+    parser.add_argument("--trained-on", choices=GENERATIONS, help="its LLaMA, where args do not tell or mislead")
+    parser.add_argument("--shards", type=int, help="files of a meta_llama DST (default: as SRC has, else 1)")
     parser.add_argument("--layer", type=int, help="first layer of --base, where the checkpoint cannot tell it")
     parser.add_argument("--key", help="nested dictionary of a .pth to take, for example model_ema")
     parser.add_argument("--force", action="store_true", help="replace DST")
@@ -147,6 +199,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"{options.overrides[0]}: overrides belong to a recipe; name it with --recipe")
     if options.layer is not None and options.base is None:
         parser.error("--layer counts layers of --base; give both")
+    if options.shards is not None and (options.to_format != "meta_llama" or options.shards < 1):
+        parser.error("--shards is the number of files, at least 1, of a DST in Meta's format (--to meta_llama)")
     if options.key and FORMATS[options.from_format].is_folder:
         parser.error("--key names a dictionary inside a .pth file; this source is a folder")
     return options
@@ -158,10 +212,18 @@ def convert(options: argparse.Namespace) -> None:
     refuse_target(options, target)
     model = source.read(options.source, options.key)
     print(f"read    {options.from_format}: {options.source}")
-    recipe = recipe_model(options, model)
-    settle_frozen(model, options, target, recipe)
-    check(model, recipe, options)
-    put(options, target, model, recipe)
+    refuse_kind(options, model)
+    recipe: System | None = None
+    verify: Callable[[Path, Model], str] | None = None
+    if model.kind == LLAMA:
+        verify = settle_llama(model, options)
+    elif model.kind in GATED:
+        verify = settle_gated(model, options)
+    else:
+        recipe = settle_vit(model, options, target)
+    if options.shards:
+        target = replace(target, write=partial(write_meta, shards=options.shards))
+    logits = put(options, target, model, recipe, verify)
     print(f"kind    {KIND_TITLES[model.kind]}")
     print(f"sizes   {describe(model)}")
     for note in model.notes:
@@ -169,7 +231,19 @@ def convert(options: argparse.Namespace) -> None:
     lost = [*model.dropped, *left_behind(model, options.to_format)]
     print(f"dropped {', '.join(lost) if lost else 'nothing'}")
     print(f"wrote   {options.to_format}: {options.target} (read back and compared: equal to the bit)")
+    if logits:
+        print(f"logits  {logits}")
     print(f"hash    {state_hash(model.tensors)}")
+
+
+def refuse_kind(options: argparse.Namespace, model: Model) -> None:
+    """UserError: the target's format has no form for this kind of model."""
+    if options.to_format in FAMILIES and (model.kind, options.to_format) != (LLAMA, "hf"):
+        FAMILIES[options.to_format].table(model.kind, to_ours=False)
+    if options.to_format == "meta_llama" and model.kind != LLAMA:
+        raise UserError(f"Meta's folder has no form for a {KIND_TITLES[model.kind]}. It holds: {KIND_TITLES[LLAMA]}.")
+    if options.trained_on and model.kind not in GATED:
+        raise UserError(f"--trained-on states the LLaMA under a checkpoint; this is a {KIND_TITLES[model.kind]}.")
 
 
 def refuse_target(options: argparse.Namespace, target: Format) -> None:
@@ -189,6 +263,67 @@ def refuse_target(options: argparse.Namespace, target: Format) -> None:
         raise UserError(f"{path}: is no plain checkpoint file or folder, so --force does not remove it; do it by hand.")
 
 
+def settle_llama(model: Model, options: argparse.Namespace) -> Callable[[Path, Model], str]:
+    """Compare a whole LLaMA with the recipe's; returns what compares its logits with those of what was written."""
+    config = model.llama
+    assert config is not None
+    if options.base is not None:
+        raise UserError(f"--base {options.base}: a whole LLaMA has no other base; leave it out.")
+    if options.recipe is not None:
+        wanted = getattr(load(options.recipe, options.overrides).model, "llama", None)
+        if not isinstance(wanted, LlamaBaseConfig):
+            raise UserError(f"recipe {options.recipe} has no whole LLaMA to compare {options.source} with.")
+        refuse_other_sizes(config, wanted, f"{options.source} and recipe {options.recipe}")
+    tokens = fixed_tokens(config.vocab_size)
+
+    def logits(form: str, path: Path, tensors: Mapping[str, Tensor]) -> Tensor:
+        if form == "meta_llama":
+            return meta_logits(open_tensors(path), config, tokens)
+        return transformers_logits(tensors, config, tokens)
+
+    def verify(written: Path, again: Model) -> str:
+        before = logits(options.from_format, options.source, model.tensors)
+        after = logits(options.to_format, written, again.tensors)
+        return gated_files.same_logits(before, after, f"{len(tokens)} random tokens: source and target")
+
+    return verify
+
+
+def settle_gated(model: Model, options: argparse.Namespace) -> Callable[[Path, Model], str]:
+    """Refuse a checkpoint that is not its recipe's or its LLaMA's; returns what compares logits afterwards."""
+    subject = f"{options.source}{f' and recipe {options.recipe}' if options.recipe else ''}"
+    config = None
+    if options.recipe is not None:
+        recipe = load(options.recipe, options.overrides)
+        config = recipe.model
+        if not isinstance(config, VamosConfig):
+            raise UserError(
+                f"{options.source} is a {KIND_TITLES[model.kind]}; recipe {options.recipe} is another system."
+            )
+        model.notes += other_inputs(model, recipe.inputs)
+    needed = options.to_format == "vlm"
+    fitted = gated_files.fit(model, config, options.base, subject, options.trained_on, needed)
+    stated = shown(trained_with(model, fitted.config.llama if fitted else None))
+    print(f"trained {stated} {' '.join(overrides(input_settings(model)))}".rstrip())
+    if fitted is None:
+        gated_files.require_shapes(model, subject)
+        return lambda written, again: "not compared: no LLaMA was named (--base); the tensors were compared to the bit"
+    return lambda written, again: fitted.compare(model, again)
+
+
+def settle_vit(model: Model, options: argparse.Namespace, target: Format) -> System | None:
+    """Fill in or strip frozen layers, compare names and shapes; returns the recipe's model without memory, if any."""
+    config = recipe_config(options, model)
+    with torch.device("meta"):
+        recipe = None if config is None else config.build()
+    subject = str(options.source)
+    settle_frozen(
+        model, config, options.base, options.layer, subject, options.to_format if target.holds_frozen else None
+    )
+    require_tensors(model, recipe, subject, options.recipe or "its own settings")
+    return recipe
+
+
 def recipe_config(options: argparse.Namespace, model: Model) -> Any:
     """Settings of the model: of the recipe that was named, else those that a training checkpoint holds; or None."""
     if options.recipe is not None:
@@ -197,80 +332,14 @@ def recipe_config(options: argparse.Namespace, model: Model) -> Any:
     return model_config(model.kind, model.settings) if model.settings else None
 
 
-def recipe_model(options: argparse.Namespace, model: Model) -> System | None:
-    """The model of the recipe without memory for its tensors: names, shapes and settings only."""
-    config = recipe_config(options, model)
-    with torch.device("meta"):
-        return None if config is None else config.build()
-
-
-def settle_frozen(model: Model, options: argparse.Namespace, target: Format, recipe: System | None) -> None:
-    """Make the frozen layers what the target needs: in its files, or (our checkpoints with --base) known by hash."""
-    if model.kind not in HAS_FROZEN:
-        if options.base is not None:
-            raise UserError(f"--base {options.base}: a {KIND_TITLES[model.kind]} has no frozen layers; leave it out.")
-        return
-    if options.base is None:
-        if not model.frozen() and target.holds_frozen:
-            fill_from_recipe(model, options)
-        return
-    if model.frozen():
-        layer = compare_with_base(model, options.base, options.layer)
-    else:
-        llama = getattr(getattr(recipe, "config", None), "llama", None)
-        likely, count = (llama.layer, llama.num_layers) if llama is not None else (None, 1)
-        layer = fill_from_base(model, options.base, options.layer, likely, count)
-    if layer is None:
-        model.notes.append(f"no layer of {options.base} equals the source's frozen ones: the target keeps them")
-        return
-    model.frozen_hash = state_hash(model.frozen())
-    model.notes.append(f"the frozen layers are {options.base}'s, from layer {layer} on")
-    if not target.holds_frozen:
-        model.tensors = model.trainable()
-
-
-def fill_from_recipe(model: Model, options: argparse.Namespace) -> None:
-    """Add the frozen layers from where the recipe takes them, if they are what the checkpoint was trained with."""
-    advice = "Mend: --base with the LLaMA folder (Meta or Hugging Face) that training used."
-    config = recipe_config(options, model)
-    if config is None or model.frozen_hash is None:
-        raise UserError(
-            f"{options.source}: has the trained tensors alone; {options.to_format} also holds the frozen LLaMA layers. "
-            f"{advice} Or --recipe, where training took them from the recipe."
-        )
-    built = config.build()
-    if built.frozen_hash() != model.frozen_hash:
-        raise UserError(
-            f"{options.source}: its frozen_hash is {model.frozen_hash}, the recipe loads frozen layers of hash "
-            f"{built.frozen_hash()}: not those it was trained with. {advice}"
-        )
-    model.tensors |= {name: p.detach() for name, p in built.named_parameters() if not built.trainable(name)}
-    model.notes.append(f"the frozen layers are those that the recipe loads ({config.llama.path or 'random'})")
-
-
-def check(model: Model, recipe: System | None, options: argparse.Namespace) -> None:
-    """Names and shapes against the sizes that the tensors tell of and, if there is one, against the recipe's model."""
-    sizes = sizes_of(model.tensors, model.kind)
-    diff_keys(model.tensors, expected_shapes(sizes, model.kind)).require(
-        f"{options.source} ({KIND_TITLES[model.kind]})"
-    )
-    if (odd := unusual_depth(sizes)) is not None:
-        model.notes.append(odd)
-    if recipe is None:
-        return
-    named = options.recipe or "its own settings"
-    want = recipe.state_dict()
-    if kind_of(want) != model.kind:
-        raise UserError(
-            f"{options.source} is a {KIND_TITLES[model.kind]}; recipe {named} builds a {KIND_TITLES[kind_of(want)]}."
-        )
-    if not model.frozen():
-        want = {name: t for name, t in want.items() if not re.fullmatch(FROZEN[model.kind], name)}
-    diff_keys(model.tensors, want).require(f"{options.source} and recipe {named}")
-
-
-def put(options: argparse.Namespace, target: Format, model: Model, recipe: System | None) -> None:
-    """Write beside the target, read back, compare, and only then take the target's name."""
+def put(
+    options: argparse.Namespace,
+    target: Format,
+    model: Model,
+    recipe: System | None,
+    verify: Callable[[Path, Model], str] | None,
+) -> str | None:
+    """Write beside the target, read back, compare (`verify`: logits too), and only then take the target's name."""
     path: Path = options.target
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -282,12 +351,14 @@ def put(options: argparse.Namespace, target: Format, model: Model, recipe: Syste
             raise RuntimeError(
                 f"{path}: what was read back differs from what was written; the disk or memory is at fault"
             )
+        said = verify(written, again) if verify is not None else None
         stand_in(written, path, aside / "replaced")
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
     finally:
         shutil.rmtree(aside)
+    return said
 
 
 def stand_in(written: Path, path: Path, replaced: Path) -> None:
@@ -312,21 +383,10 @@ def left_behind(model: Model, to_format: str) -> list[str]:
     """What the source had beside tensors, read, and the target has no place for."""
     if to_format in ("vlm", model.source.get("format")):
         return []
-    return [*model.source.get("rest", {}), *(["config.json"] if "config" in model.source else [])]
-
-
-def describe(model: Model) -> str:
-    sizes = sizes_of(model.tensors, model.kind)
-    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in model.tensors.values())
-    parts = [f"width {sizes.width}", f"depth {sizes.depth}", f"cubes {sizes.tubelet}x{sizes.patch}x{sizes.patch}"]
-    parts += [f"{sizes.num_classes} classes"] if sizes.num_classes else []
-    parts += [f"decoder width {sizes.decoder_width}, depth {sizes.decoder_depth}"] if sizes.decoder_width else []
-    if sizes.llama_width:
-        held = f"{sizes.llama_layers} layer(s)" if sizes.llama_layers else "layers not included"
-        parts.append(f"LLaMA width {sizes.llama_width}, {held}")
-    parameters = sum(t.numel() for t in model.tensors.values())
-    count = f"{len(model.tensors)} tensors, {parameters:,} parameters"
-    return f"{', '.join(parts)}; {count}, {', '.join(dtypes)}"
+    lost = [name for name in model.source.get("rest", {}) if name != "args" or to_format not in gated_files.FAMILIES]
+    lost += ["config.json"] if "config" in model.source else []
+    lost += ["params.json"] if "params" in model.source else []
+    return [*lost, *model.source.get("constants", {})]
 
 
 if __name__ == "__main__":

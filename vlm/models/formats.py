@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.published import FROZEN, PRETRAIN, from_ours, kind_of, to_ours
 from vlm.models.system import System
 from vlm.models.video_mae import VideoMAEConfig
@@ -32,12 +33,15 @@ class Model:
     """A checkpoint on its way: tensors by our names, and what else is known of it."""
 
     kind: str
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]  # of a whole LLaMA: read one at a time
     source: dict[str, Any] = field(default_factory=dict)  # JSON-able: file, container, order of names, args, config
     dropped: list[str] = field(default_factory=list)  # what the source had and the conversion leaves behind
     frozen_hash: str | None = None  # of the frozen tensors it was trained with, where they are not in `tensors`
     step: int = 0
     settings: dict[str, Any] | None = None  # `recipe.model` of one of our training checkpoints
+    run: dict[str, Any] = field(default_factory=dict)  # the whole recipe of such a checkpoint
+    unused: frozenset[str] = frozenset()  # tensors that the recipe's model has no use for, kept for the way back
+    llama: LlamaBaseConfig | None = None  # of a whole LLaMA: its sizes
     notes: list[str] = field(default_factory=list)  # what a person should know of the conversion
 
     def frozen(self) -> dict[str, Tensor]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm.models.formats import Model
-from vlm.models.vit_sizes import sizes_of
+from vlm.models.published import FROZEN, HAS_FROZEN, KIND_TITLES, kind_of
+from vlm.models.system import System
+from vlm.models.vit_sizes import expected_shapes, sizes_of, unusual_depth
 from vlm.nn.llama_block import norm_tensor
 from vlm.types import UserError
 from vlm.weights import diff_keys, layer_tensors, open_tensors, state_hash
@@ -80,10 +83,89 @@ def fill_from_base(model: Model, base: Path, layer: int | None, likely: int | No
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 tensors = {name: t.to(dtype) for name, t in stored.items()}
                 if model.frozen_hash in (None, state_hash(tensors)):
-                    model.tensors |= tensors
+                    model.tensors = {**model.tensors, **tensors}
                     return first
     tried = ", ".join(map(str, sorted(numbers)))
     raise UserError(
         f"{base}: not what this checkpoint was trained with; its frozen_hash is {model.frozen_hash}, and layer(s) "
         f"{tried} have others. Mend: give the base that training used."
     )
+
+
+# ------------------------------------------------------------------------------------------ a conversion's view of it
+
+
+def settle_frozen(
+    model: Model, config: Any, base: Path | None, layer: int | None, subject: str, holding: str | None
+) -> None:
+    """Make the frozen layers what the target needs: in its files, or (our checkpoints with a base) known by hash.
+
+    Args:
+        config: settings of the recipe's model, if one is known.
+        base: LLaMA folder that a person named; `layer`: first of its layers.
+        subject: names the source in messages.
+        holding: name of the target's format where its files hold the frozen tensors; none: they do not.
+    """
+    if model.kind not in HAS_FROZEN:
+        if base is not None:
+            raise UserError(f"--base {base}: a {KIND_TITLES[model.kind]} has no frozen layers; leave it out.")
+        return
+    if base is None:
+        if not model.frozen() and holding is not None:
+            _fill_from_recipe(model, config, subject, holding)
+        return
+    found: int | None
+    if model.frozen():
+        found = compare_with_base(model, base, layer)
+    else:
+        llama = getattr(config, "llama", None)
+        likely, count = (llama.layer, llama.num_layers) if llama is not None else (None, 1)
+        found = fill_from_base(model, base, layer, likely, count)
+    if found is None:
+        model.notes.append(f"no layer of {base} equals the source's frozen ones: the target keeps them")
+        return
+    model.frozen_hash = state_hash(model.frozen())
+    model.notes.append(f"the frozen layers are {base}'s, from layer {found} on")
+    if holding is None:
+        model.tensors = model.trainable()
+
+
+def _fill_from_recipe(model: Model, config: Any, subject: str, holding: str) -> None:
+    """Add the frozen layers from where the recipe takes them, if they are what the checkpoint was trained with."""
+    advice = "Mend: --base with the LLaMA folder (Meta or Hugging Face) that training used."
+    if config is None or model.frozen_hash is None:
+        raise UserError(
+            f"{subject}: has the trained tensors alone; {holding} also holds the frozen LLaMA layers. "
+            f"{advice} Or --recipe, where training took them from the recipe."
+        )
+    built = config.build()
+    if built.frozen_hash() != model.frozen_hash:
+        raise UserError(
+            f"{subject}: its frozen_hash is {model.frozen_hash}, the recipe loads frozen layers of hash "
+            f"{built.frozen_hash()}: not those it was trained with. {advice}"
+        )
+    frozen = {name: p.detach() for name, p in built.named_parameters() if not built.trainable(name)}
+    model.tensors = {**model.tensors, **frozen}
+    model.notes.append(f"the frozen layers are those that the recipe loads ({config.llama.path or 'random'})")
+
+
+def require_tensors(model: Model, recipe: System | None, subject: str, named: str) -> None:
+    """Names and shapes against the sizes that the tensors tell of and, if there is one, against the recipe's model.
+
+    Args:
+        recipe: the model of the recipe called `named`; it needs no memory for its tensors.
+    """
+    sizes = sizes_of(model.tensors, model.kind)
+    diff_keys(model.tensors, expected_shapes(sizes, model.kind)).require(f"{subject} ({KIND_TITLES[model.kind]})")
+    if (odd := unusual_depth(sizes)) is not None:
+        model.notes.append(odd)
+    if recipe is None:
+        return
+    want = recipe.state_dict()
+    if kind_of(want) != model.kind:
+        raise UserError(
+            f"{subject} is a {KIND_TITLES[model.kind]}; recipe {named} builds a {KIND_TITLES[kind_of(want)]}."
+        )
+    if not model.frozen():
+        want = {name: t for name, t in want.items() if not re.fullmatch(FROZEN[model.kind], name)}
+    diff_keys(model.tensors, want).require(f"{subject} and recipe {named}")

@@ -1,8 +1,10 @@
 """How published checkpoints name their tensors, and how each name maps to ours: one table a family, read both ways.
 
-Our names are the originals' for ViT parts and transformers' `LlamaDecoderLayer` for the frozen LLaMA layers.
-Sources: VideoMAE (arXiv 2203.12602) and ViT-LLaMA (arXiv 2310.12973) checkpoints; transformers' VideoMAE classes.
-A later family adds its kinds, its pairs and one row to `FAMILIES`. Sizes and shapes: `vlm/models/vit_sizes.py`.
+Our names are the originals' for ViT parts, for what Vamos, LLaMA-VQA and ViCo train, and transformers'
+`LlamaDecoderLayer` for frozen LLaMA layers. Sources: VideoMAE (arXiv 2203.12602), ViT-LLaMA (2310.12973), Vamos
+(2311.13627), Flipped-VQA (2310.15747) and ViCo checkpoints; transformers' VideoMAE classes.
+A later family adds its kinds, its pairs and one row to `FAMILIES`. Sizes and shapes: `vlm/models/vit_sizes.py`,
+`vlm/models/gated_sizes.py`; a whole LLaMA, a kind with files of its own: `vlm/models/llama_files.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +21,18 @@ from vlm.types import UserError
 from vlm.weights import META_LAYER_TABLE, Table, rename
 
 PRETRAIN, FINETUNE, VIT_LLAMA = "pretrain", "finetune", "vit_llama"
+VAMOS, LLAMA_VQA, LLAMA = "vamos", "llama_vqa", "llama"
 KIND_TITLES = {
     PRETRAIN: "VideoMAE masked pretraining (encoder and decoder)",
     FINETUNE: "ViT video classifier",
     VIT_LLAMA: "ViT video classifier with frozen LLaMA layers",
+    VAMOS: "Vamos: prompts and gates for a frozen LLaMA",
+    LLAMA_VQA: "LLaMA-VQA or ViCo: prompts, gates and video bias for a frozen LLaMA",
+    LLAMA: "whole LLaMA",
 }
+GATED = (VAMOS, LLAMA_VQA)  # kinds that are the trained part alone; the LLaMA under them is never in their files
 HAS_FROZEN = (VIT_LLAMA,)  # kinds with tensors that are never trained
-FROZEN = {PRETRAIN: r"(?!)", FINETUNE: r"(?!)", VIT_LLAMA: r"llama\..+"}  # their names
+FROZEN = {**dict.fromkeys(KIND_TITLES, r"(?!)"), VIT_LLAMA: r"llama\..+"}  # their names
 
 # ------------------------------------------------ pairs (ours, theirs): {i} is a number, {p} is weight or bias
 
@@ -99,6 +106,12 @@ _OUR_LAYERS = _blocks("llama.layers.", "llama.layers.", _same(*LLAMA_LAYER_NAMES
 _META_LAYERS = _blocks("llama.layers.", "llama.layers.", _LLAMA_LAYER)
 
 
+_PROMPTS = _same("adapter_query.weight", "visual_proj.weight")
+_MLP = _same("visual_proj.{i}.{p}")
+_VAMOS = (*_PROMPTS, *_MLP, *_same("layers.{i}.attention.gate"))
+_BIASED = (*_PROMPTS, *_same("temporal_emb.weight", "layers.{i}.attention.gate1", "layers.{i}.attention.gate2"))
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One way of naming tensors: pairs (ours, theirs) for each kind of model it has."""
@@ -130,9 +143,21 @@ def _replacement(name: str) -> str:
 
 
 FAMILIES = {
-    "ours": Family("ours", {PRETRAIN: _MASKED, FINETUNE: _VIT, VIT_LLAMA: (*_VIT, *_MAPPERS, *_OUR_LAYERS)}),
+    "ours": Family(
+        "ours",
+        {
+            PRETRAIN: _MASKED,
+            FINETUNE: _VIT,
+            VIT_LLAMA: (*_VIT, *_MAPPERS, *_OUR_LAYERS),
+            VAMOS: _VAMOS,
+            LLAMA_VQA: (*_BIASED, *_MLP),
+        },
+    ),
     "videomae": Family("VideoMAE's .pth", {PRETRAIN: _MASKED, FINETUNE: _VIT}),
     "vit_llama": Family("ViT-LLaMA's .pth", {VIT_LLAMA: (*_VIT, *_MAPPERS, *_META_LAYERS)}),
+    "vamos": Family("Vamos' .pth", {VAMOS: _VAMOS}),
+    "flipped": Family("Flipped-VQA's .pth", {LLAMA_VQA: _BIASED}),
+    "vico": Family("ViCo's .pth", {LLAMA_VQA: _BIASED}),
     "hf": Family(
         "the Hugging Face form",
         {PRETRAIN: _HF_MASKED, FINETUNE: _HF_VIT, VIT_LLAMA: (*_HF_VIT, *_MAPPERS, *_OUR_LAYERS)},
@@ -150,10 +175,17 @@ def kind_of(names: Sequence[str] | Mapping[str, Any]) -> str:
         return VIT_LLAMA
     if "head.weight" in names or "classifier.weight" in names:
         return FINETUNE
+    if any(re.fullmatch(r"layers\.\d+\.attention\.gate[12]", name) for name in names):
+        return LLAMA_VQA
+    if "adapter_query.weight" in names or any(re.fullmatch(r"layers\.\d+\.attention\.gate", name) for name in names):
+        return VAMOS
+    if "tok_embeddings.weight" in names or "model.embed_tokens.weight" in names:
+        return LLAMA
     shown = ", ".join(list(names)[:6]) or "no tensors"
     raise UserError(
         "no known kind of model: a masked-pretraining file has encoder_to_decoder.weight, a classifier head.weight (or "
-        f"classifier.weight), ViT-LLaMA llama_dim_mapper1.weight besides. This one begins with: {shown}."
+        "classifier.weight), ViT-LLaMA llama_dim_mapper1.weight besides, Vamos layers.0.attention.gate, LLaMA-VQA and "
+        f"ViCo layers.0.attention.gate1, a LLaMA its embeddings. This one begins with: {shown}."
     )
 
 

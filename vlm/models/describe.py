@@ -1,0 +1,44 @@
+"""A checkpoint's sizes in one line, for any kind of model that is converted."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from vlm.models import gated_sizes, vit_sizes
+from vlm.models.formats import Model
+from vlm.models.published import GATED, LLAMA
+from vlm.models.released import describe_llama
+
+
+def describe(model: Model) -> str:
+    """Sizes, number of tensors and of parameters, dtypes."""
+    dtypes: Counter[str] = Counter()
+    parameters = 0
+    for tensor in model.tensors.values():
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
+        parameters += tensor.numel()
+    if model.kind == LLAMA:
+        assert model.llama is not None
+        sizes = describe_llama(model.llama)
+    else:
+        sizes = _gated(model) if model.kind in GATED else _vit(model)
+    return f"{sizes}; {len(model.tensors)} tensors, {parameters:,} parameters, {', '.join(dtypes)}"
+
+
+def _gated(model: Model) -> str:
+    sizes = gated_sizes.sizes_of(model.tensors, model.kind)
+    parts = [f"LLaMA of width {sizes.dim}, {sizes.layers} layers, {sizes.heads} heads", f"{sizes.rows} prompt rows"]
+    parts += [f"{sizes.projector} projector of {sizes.feature_dim}"] if sizes.feature_dim else ["no projector"]
+    parts += [f"{sizes.frames} frames"] if sizes.frames else []
+    return ", ".join(parts)
+
+
+def _vit(model: Model) -> str:
+    sizes = vit_sizes.sizes_of(model.tensors, model.kind)
+    parts = [f"width {sizes.width}", f"depth {sizes.depth}", f"cubes {sizes.tubelet}x{sizes.patch}x{sizes.patch}"]
+    parts += [f"{sizes.num_classes} classes"] if sizes.num_classes else []
+    parts += [f"decoder width {sizes.decoder_width}, depth {sizes.decoder_depth}"] if sizes.decoder_width else []
+    if sizes.llama_width:
+        held = f"{sizes.llama_layers} layer(s)" if sizes.llama_layers else "layers not included"
+        parts.append(f"LLaMA width {sizes.llama_width}, {held}")
+    return ", ".join(parts)

@@ -95,6 +95,30 @@ def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(world, tmp_path, m
     assert not list(tmp_path.glob(".step-*"))
 
 
+def test_a_trained_tensor_that_is_not_written_is_an_error_by_name(world, tmp_path, monkeypatch):
+    engine = Engine(*make_engine(world), world)
+    save(engine, tmp_path, 1)
+    whole = checkpoint.zero_state.read
+    for name, change, part in (
+        ("head.weight", lambda values: None, "1 missing"),
+        ("head.weight", lambda values: values | {"param": values["param"][:-1].clone()}, "of another shape"),
+        ("fc_norm.bias", lambda values: values | {"exp_avg": values["exp_avg"][1:].clone()}, "of another shape"),
+    ):
+
+        def read(engine, name=name, change=change):
+            changed = ((n, change(values) if n == name else values) for n, values in whole(engine))
+            return (item for item in changed if item[1] is not None)
+
+        monkeypatch.setattr(checkpoint.zero_state, "read", read)
+        with pytest.raises(UserError, match=f"{part}(.|\n)*{name}"):
+            save(engine, tmp_path, 2, is_best=True)
+        assert (tmp_path / "latest").read_text().strip() == "step-00000001"
+        assert not (tmp_path / "best").exists()
+    monkeypatch.setattr(checkpoint.zero_state, "read", whole)
+    save(engine, tmp_path, 3)
+    assert not list(tmp_path.glob(".step-*"))
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
 def test_damage_is_found_by_name(world, tmp_path, damage):
     folder = save(Engine(*make_engine(world), world), tmp_path, 1)

@@ -10,18 +10,15 @@ frames a clip really has and which decoders return the right ones. Killed at any
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
-import pkgutil
 import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
-import vlm.sources
 from vlm.data.shards import DEFAULT_SHARD_SIZE, write_shards
+from vlm.run.progress import ProgressLine
+from vlm.sources.common_loading import available_sources, load_source
 from vlm.types import UserError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -55,58 +52,6 @@ def parse_size(text: str) -> int:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 1G")
     return int(float(found[1]) * _UNITS[found[2]])
-
-
-def available_sources() -> list[str]:
-    return sorted(
-        module.name for module in pkgutil.iter_modules(vlm.sources.__path__) if not module.name.startswith("common")
-    )
-
-
-def load_source(name: str) -> ModuleType:
-    """The module of a source. Raises UserError for an unknown one."""
-    if name not in available_sources():
-        raise UserError(f"unknown source {name!r}: there are {', '.join(available_sources())}")
-    return importlib.import_module(f"vlm.sources.{name}")
-
-
-class ProgressLine:
-    """Items done, rate and time left: one line rewritten on a terminal, else a line every few seconds."""
-
-    def __init__(self, seconds_between_lines: float = 5.0) -> None:
-        self.terminal = sys.stderr.isatty()
-        self.pause = 0.2 if self.terminal else seconds_between_lines
-        self.stage = ""
-        self.start = (0.0, 0)  # time and items when the stage began
-        self.shown = 0.0
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if stage != self.stage:
-            self.stage, self.start, self.shown = stage, (now, done), now if stage == "list" else 0.0
-        if now - self.shown < self.pause and done != total:
-            return
-        self.shown = now
-        if total is None:
-            self._show(f"listing: {done} items")
-            return
-        rate = (done - self.start[1]) / max(now - self.start[0], 1e-6)
-        left = f", {_clock((total - done) / rate)} left" if rate > 0 and done < total else ""
-        self._show(f"{done}/{total} items ({100 * done // max(total, 1)} %), {rate:.1f} items/s{left}")
-
-    def _show(self, text: str) -> None:
-        print(
-            f"\r\033[K{text}" if self.terminal else text, end="" if self.terminal else "\n", file=sys.stderr, flush=True
-        )
-
-    def close(self) -> None:
-        if self.terminal and self.stage:
-            print(file=sys.stderr)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

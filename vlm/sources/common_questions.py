@@ -11,15 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from vlm.sources.common import VideoFinder, read_json
+from vlm.sources.common_features import FEATURE_SUFFIXES, FeatureFile, is_features, open_features
 from vlm.sources.common_tables import BadCell, TableRow, id_of, index_of, read_csv, seconds_of, text_of
-from vlm.types import Rejected, Sample, StoredArray, UserError
-from vlm.weights import open_tensors
+from vlm.types import Rejected, Sample, UserError
 
 FEATURE_FILES = ("clipvitl14.pth",)
-FEATURE_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 class Asked(NamedTuple):
@@ -41,8 +38,7 @@ class Tree:
     root: Path
     questions: Path
     captions: dict[str, dict[str, str]] = field(default_factory=dict)  # name of the file -> video -> caption
-    features_file: Path | None = None
-    features: dict[str, StoredArray | str] = field(default_factory=dict)  # video -> its features, or what is wrong
+    features: FeatureFile | None = None
     finder: VideoFinder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,11 +63,10 @@ def find_tree(
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; --root must be the folder of the dataset")
     tables = [file for file in annotations if is_questions(file)]
-    features = [file for file in annotations if file.suffix.lower() in FEATURE_SUFFIXES]
+    features = [file for file in annotations if is_features(file)]
     given = [file for file in annotations if file not in tables and file not in features]
-    for kind, files in (("questions", tables), ("features", features)):
-        if len(files) > 1:
-            raise UserError(f"{files[0]} and {files[1]} both hold {kind}: give one")
+    if len(tables) > 1:
+        raise UserError(f"{tables[0]} and {tables[1]} both hold questions: give one")
     strange = [file for file in given if file.suffix.lower() != ".json"]
     if strange:
         raise UserError(
@@ -82,11 +77,8 @@ def find_tree(
         raise UserError(f"{root} has no {' or '.join(questions)}: is --split right? Else give it with --annotations")
     features = features or [root / name for name in FEATURE_FILES if (root / name).is_file()]
     given = given or [root / name for name in captions if (root / name).is_file()]
-    tree = Tree(root=root, questions=tables[0], captions={file.stem: _read_captions(file) for file in given})
-    if features:
-        tree.features_file = features[0]
-        tree.features = _open_features(features[0])
-    return tree
+    captions_by_name = {file.stem: _read_captions(file) for file in given}
+    return Tree(root=root, questions=tables[0], captions=captions_by_name, features=open_features(features))
 
 
 def _read_captions(file: Path) -> dict[str, str]:
@@ -99,23 +91,6 @@ def _read_captions(file: Path) -> dict[str, str]:
     return content
 
 
-def _open_features(file: Path) -> dict[str, StoredArray | str]:
-    """Video -> where its features (frames, width) lie, or why they cannot be used. Nothing is copied."""
-    found: dict[str, StoredArray | str] = {}
-    width: int | None = None
-    for video, load in open_tensors(file).items():
-        tensor = load()
-        if tensor.ndim == 2 and width is None:
-            width = tensor.shape[1]
-        if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] != width:
-            found[video] = f"features of shape {list(tensor.shape)} in {file}, not (frames, {width or 768})"
-        elif tensor.dtype not in (torch.float16, torch.float32):
-            found[video] = f"features of dtype {tensor.dtype} in {file}, not float16 or float32"
-        else:
-            found[video] = StoredArray(file, video, tensor.numel() * tensor.element_size())
-    return found
-
-
 # Records ------------------------------------------------------------------------------------------
 
 
@@ -125,7 +100,7 @@ def gather(
     """Rejected questions as they are met, then the videos in the order in which they were first asked about.
 
     Args:
-        fps: features a second in published files.
+        fps: features a second in published files; those of `tools/extract_features.py` say it themselves.
         extra: further names of every annotation.
     """
     videos: dict[str, list[Asked]] = {}
@@ -147,35 +122,28 @@ def gather(
 
 def _sample(video: str, asked: Sequence[Asked], tree: Tree, fps: float, extra: dict[str, Any]) -> Sample | Rejected:
     annotation = {"video": video, "questions": [item.question for item in asked]} | extra
-    warnings = []
+    sample = Sample(key=video, annotation=annotation)
     captions = {name: texts[video] for name, texts in tree.captions.items() if video in texts}
-    warnings += [f"no caption of this video in {name}.json" for name in tree.captions if name not in captions]
+    warnings = [f"no caption of this video in {name}.json" for name in tree.captions if name not in captions]
     if captions:
         annotation["captions"] = captions
-    features = tree.features.get(video)
-    members: dict[str, Path | StoredArray] = {}
-    if isinstance(features, StoredArray):
-        members["features.npy"] = features
-        annotation["features"] = {"name": features.file.stem, "fps": fps}
-    elif tree.features_file is not None:
-        warnings.append(features or f"no features of this video in {tree.features_file}")
+    lacks_features = tree.features.add_to(sample, fps) if tree.features is not None else ""
+    if lacks_features:
+        warnings.append(lacks_features)
     file = tree.finder.find(video)
     if isinstance(file, str):
         if file[0].isdigit():  # several files have its name
             warnings.append(file)
-        if not members and not captions:
-            also = f"; {features}" if isinstance(features, str) else ""
+        if not sample.members and not captions:
+            also = f"; {lacks_features}" if tree.features is not None and video in tree.features.videos else ""
             reason = (
                 f"{asked[0].where}, column 'video': of {video!r} there are no features and no caption, and {file}{also}"
             )
             return Rejected(video, reason, str(asked[0].file))
-    return Sample(
-        key=video,
-        video=None if isinstance(file, str) else file,
-        annotation=annotation,
-        members=members,
-        warnings=tuple(warnings),
-    )
+    else:
+        sample.video = file
+    sample.warnings = tuple(warnings)
+    return sample
 
 
 # Questions of CSV files ------------------------------------------------------------------------------------------

@@ -23,11 +23,13 @@ from typing import Any
 import av
 import numpy as np
 
+from vlm.sources.common_features import is_features, open_features
 from vlm.sources.common_shapes import CLASSES, COLOURS, HEIGHT, SPLITS, WIDTH, Clip, plan
 from vlm.types import Rejected, Sample, UserError
 
 FORMAT = "moving-shapes/1"  # raise the number when the same arguments would render something else
 FPS = 12
+FEATURE_FPS = 4.0  # features a second: 8 of a clip with one action
 
 
 def _background(seed: int) -> np.ndarray:
@@ -181,10 +183,19 @@ def render(
 def read(root: Path, split: str, annotations: Sequence[Path]) -> Iterator[Sample | Rejected]:
     """The samples of a rendered split, in the order of its annotation file.
 
-    `annotations`: annotation files to read instead of `root/annotations/<split>.json`. Raises UserError where a file
-    is missing or is not one that `render` wrote; a sample whose video is missing is Rejected.
+    With features a sample has `features.npy`, and beside what `render` wrote the names that questions about videos
+    have: `video`, `captions` and a question's `id`.
+
+    Args:
+        root: the folder of the corpus.
+        split: train, test, sequences_train or sequences_test.
+        annotations: files to read instead of `root/annotations/<split>.json`, and a file of features; all optional.
+
+    Raises UserError where a file is missing or is not one that `render` wrote; a sample whose video is missing is
+    Rejected.
     """
-    for path in annotations or [_paths(root, split)[1]]:
+    features = open_features([file for file in annotations if is_features(file)])
+    for path in [file for file in annotations if not is_features(file)] or [_paths(root, split)[1]]:
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file, so split {split!r} cannot be read; render it with "
@@ -195,7 +206,13 @@ def read(root: Path, split: str, annotations: Sequence[Path]) -> Iterator[Sample
         for item in json.loads(path.read_text())["items"]:
             video = root / item.pop("video")
             key = item.pop("key")
-            if video.is_file():
-                yield Sample(key=key, video=video, annotation=item)
-            else:
+            if not video.is_file():
                 yield Rejected(key, f"{path}: the video {video} of {key!r} does not exist", str(video))
+                continue
+            sample = Sample(key=key, video=video, annotation=item)
+            if features is not None:
+                item |= {"video": key, "captions": {"shapes": item["caption"]}}
+                item["questions"] = [{"id": str(at), **question} for at, question in enumerate(item["questions"])]
+                lacking = features.add_to(sample, FEATURE_FPS)
+                sample.warnings = (lacking,) if lacking else ()
+            yield sample

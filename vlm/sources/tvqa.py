@@ -19,6 +19,7 @@ from vlm.types import Rejected, Sample, UserError
 
 OPTIONS = ("a0", "a1", "a2", "a3", "a4")
 SUBTITLES = "tvqa_subtitles"
+FEATURE_FPS = 3.0  # published features a second; 1 in all other sources
 
 _SPAN = re.compile(r"\s*(nan|\d+(?:\.\d*)?)\s*-\s*(nan|\d+(?:\.\d*)?)\s*", re.IGNORECASE)
 _TIMES = re.compile(r"\s*(\d+):(\d+):(\d+)(?:[,.]\d+)?\s*-->\s*(\d+):(\d+):(\d+)(?:[,.]\d+)?.*")
@@ -43,7 +44,8 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
         is_questions=_is_questions,
     )
     subtitles = Subtitles(root / SUBTITLES)
-    for item in gather(_questions(tree.questions, split, subtitles), tree, fps=3.0, extra={"span_rule": "rounded"}):
+    asked = _questions(tree.questions, split, subtitles)
+    for item in gather(asked, tree, fps=FEATURE_FPS, extra={"span_rule": "rounded"}):
         if isinstance(item, Sample) and item.key in subtitles.problems:
             item.warnings = (*item.warnings, subtitles.problems[item.key])
         yield item

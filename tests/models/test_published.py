@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,20 +14,37 @@ from torch import Tensor
 from transformers import VideoMAEConfig as HfConfig
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
-from vlm.models.published import FAMILIES, FINETUNE, FROZEN, PRETRAIN, VIT_LLAMA, from_ours, kind_of, to_ours
+from vlm.models.llama_base import LlamaBaseConfig
+from vlm.models.published import (
+    FAMILIES,
+    FINETUNE,
+    FROZEN,
+    LLAMA,
+    LLAMA_VQA,
+    PRETRAIN,
+    VAMOS,
+    VIT_LLAMA,
+    from_ours,
+    kind_of,
+    to_ours,
+)
 from vlm.models.system import System
+from vlm.models.vamos import llama_vqa, vamos
 from vlm.models.video_mae import VideoMAEConfig
 from vlm.models.vit_llama import LlamaLayerConfig, ViTLlamaConfig
 from vlm.types import UserError
 
 TINY = {"dim": 12, "depth": 11, "heads": 3, "image_size": 32, "patch_size": 16, "num_frames": 4}
 CLASSIFIER = ViTLlamaConfig(**TINY, num_classes=5)
-CONFIGS = {
+SMALL = LlamaBaseConfig(dim=16, layers=11, heads=2, hidden=24, vocab_size=30)
+CONFIGS: dict[str, Any] = {
     PRETRAIN: VideoMAEConfig(**TINY, decoder_dim=8, decoder_depth=2, decoder_heads=2),
     FINETUNE: CLASSIFIER,
     VIT_LLAMA: ViTLlamaConfig(
         **TINY, num_classes=5, llama=LlamaLayerConfig(dim=16, heads=2, num_layers=2, multiple_of=8)
     ),
+    VAMOS: vamos(llama=SMALL, projector="mlp"),
+    LLAMA_VQA: llama_vqa(llama=SMALL),
 }
 
 
@@ -36,9 +54,10 @@ def model(kind: str) -> System:
 
 
 def values(kind: str) -> dict[str, Tensor]:
-    """A state dict of our model with other numbers in each tensor, in the model's order."""
+    """What our checkpoints hold of a model, with other numbers in each tensor, in the model's order."""
     generator = torch.Generator().manual_seed(3)
-    return {name: torch.randn(t.shape, generator=generator) for name, t in model(kind).state_dict().items()}
+    state = {name: t for name, t in model(kind).state_dict().items() if not name.startswith("llm.")}
+    return {name: torch.randn(t.shape, generator=generator) for name, t in state.items()}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -47,6 +66,16 @@ def test_kind_is_seen_in_every_family(kind: str) -> None:
         if kind in row.pairs:
             assert kind_of(from_ours(values(kind), family, kind)) == kind
     assert kind_of(model(kind).state_dict()) == kind
+
+
+def test_gated_kinds_are_told_by_their_gates() -> None:
+    assert kind_of({"tok_embeddings.weight": 0}) == kind_of({"model.embed_tokens.weight": 0}) == LLAMA
+    assert kind_of({"layers.11.attention.gate": 0}) == kind_of({"adapter_query.weight": 0}) == VAMOS
+    assert kind_of({"adapter_query.weight": 0, "layers.11.attention.gate2": 0}) == LLAMA_VQA
+    with pytest.raises(UserError, match=r"Vamos' \.pth has no form for a LLaMA-VQA or ViCo"):
+        to_ours(values(LLAMA_VQA), "vamos", LLAMA_VQA)
+    with pytest.raises(UserError, match=r"attention\.gates.*nearest: layers\.0\.attention\.gate"):
+        to_ours({**values(VAMOS), "layers.3.attention.gates": torch.zeros(1)}, "vamos", VAMOS)
 
 
 def test_unknown_kind() -> None:

@@ -7,12 +7,15 @@ LLaMA itself comes from its own files. What has to fit: `vlm/models/released.py`
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -21,6 +24,7 @@ from vlm.data.packing import pack
 from vlm.models.formats import Model, read_pth
 from vlm.models.gated_sizes import expected_shapes, sizes_of
 from vlm.models.llama_base import LlamaBaseConfig, read_llama
+from vlm.models.llama_facts import expected_shapes as llama_shapes
 from vlm.models.llama_facts import llama_config
 from vlm.models.llama_files import Tensors, to_meta
 from vlm.models.llama_pass import Trained, fixed_tokens, meta_logits
@@ -29,7 +33,7 @@ from vlm.models.released import arguments_of, describe_llama, refuse_mismatch, t
 from vlm.models.released_args import released_args
 from vlm.models.vamos import Vamos, VamosConfig
 from vlm.types import IGNORE, Batch, Row, UserError
-from vlm.weights import Loader, atomic_file, diff_keys, open_tensors
+from vlm.weights import Loader, atomic_file, diff_keys, open_tensors, state_hash
 
 FAMILIES = ("vamos", "flipped", "vico")
 LARGEST_DIFFERENCE = 1e-3
@@ -90,7 +94,8 @@ class Fitted:
     """A checkpoint with the model that it was checked against."""
 
     config: VamosConfig
-    system: Vamos | None  # None: no LLaMA at hand
+    system: Vamos | None  # None: no LLaMA at hand, or it is larger than memory
+    why_not: str = ""
 
     def compare(self, model: Model, again: Model) -> str:
         """Logits of the published formulas on the tensors `again` and of our model on `model`'s; a line that says it.
@@ -98,7 +103,7 @@ class Fitted:
         UserError: they differ.
         """
         if self.system is None:
-            return "not compared: no LLaMA at hand (--base names one); the tensors were compared to the bit"
+            return f"not compared: {self.why_not}; the tensors were compared to the bit"
         return compare_logits(self.system, model, again)
 
 
@@ -137,13 +142,26 @@ def fit(
                 f"{subject}: its LLaMA {path} is not there. Mend: --base with the folder of "
                 f"{describe_llama(config.llama)}."
             )
-        return Fitted(config, None)
-    return Fitted(config, _build(model, config, subject))
+        return Fitted(config, None, f"its LLaMA {path} is not there (--base names one)")
+    need, have = _bytes_of(config), int(0.9 * psutil.virtual_memory().total)
+    system = _build(model, config, subject, as_shapes=need > have)
+    if need > have:
+        return Fitted(config, None, f"the LLaMA in fp32 takes {need / 1e9:.0f} GB, this machine has {have / 1e9:.0f}")
+    return Fitted(config, system)
 
 
-def _build(model: Model, config: VamosConfig, subject: str) -> Vamos:
-    """The model with the checkpoint's tensors in it; its LLaMA's hash is noted or compared."""
-    with torch.random.fork_rng():
+def _bytes_of(config: VamosConfig) -> int:
+    """Memory of the LLaMA as it is stored and, for comparing logits, in fp32."""
+    count = sum(math.prod(shape) for shape in llama_shapes(config.llama).values())
+    return count * {"float32": 4, "bfloat16": 6}[config.llama.dtype]
+
+
+def _build(model: Model, config: VamosConfig, subject: str, as_shapes: bool) -> Vamos:
+    """The model with the checkpoint's tensors in it; its LLaMA's hash is noted or compared.
+
+    `as_shapes`: without memory for any tensor, so that names, shapes and hash are all that is compared.
+    """
+    with torch.random.fork_rng(), torch.device("meta" if as_shapes else "cpu"):
         system = config.build().eval()
     want = {name: t for name, t in system.state_dict().items() if not name.startswith("llm.")}
     if not config.use_video:
@@ -152,7 +170,7 @@ def _build(model: Model, config: VamosConfig, subject: str) -> Vamos:
             model.notes.append("the recipe reads no video; the projector is kept aside for the way back")
     held = {name: t for name, t in model.tensors.items() if name not in model.unused}
     diff_keys(held, want).require(f"{subject} ({KIND_TITLES[model.kind]})")
-    found = system.frozen_hash()
+    found = stored_hash(config) if as_shapes else system.frozen_hash()
     if model.frozen_hash not in (None, found):
         its = (model.settings or {}).get("llama")
         of = f", {describe_llama(LlamaBaseConfig(**its))}" if its else ""
@@ -162,8 +180,33 @@ def _build(model: Model, config: VamosConfig, subject: str) -> Vamos:
             "with the LLaMA that it was trained on."
         )
     model.frozen_hash, model.settings = found, to_dict(config)
-    system.load_state_dict(held, strict=False)
+    if not as_shapes:
+        system.load_state_dict(held, strict=False)
     return system
+
+
+def stored_hash(config: VamosConfig) -> str:
+    """What `frozen_hash` of the built model would be, with one tensor of its LLaMA in memory at a time."""
+    skipped = config.llama.layers - config.prompted if config.skip_lower_blocks else 0
+
+    def renamed(name: str) -> str | None:
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        if match is None:
+            return f"llm.{name}"
+        number = int(match[1]) - skipped
+        return None if number < 0 else f"llm.model.layers.{number}.{match[2]}"
+
+    dtype = getattr(torch, config.llama.dtype)
+    loaders = _llama_loaders(config)
+    return state_hash(
+        Tensors({new: partial(_rounded, load, dtype) for n, load in loaders.items() if (new := renamed(n))})
+    )
+
+
+def _llama_loaders(config: VamosConfig) -> dict[str, Loader]:
+    assert config.llama.path is not None
+    stored = open_tensors(config.llama.path)
+    return read_llama(stored, config.llama.heads, config.llama.num_kv_heads, str(config.llama.path))
 
 
 def stored_config(settings: Mapping[str, Any], subject: str) -> VamosConfig:
@@ -221,10 +264,7 @@ def compare_logits(system: Vamos, model: Model, again: Model) -> str:
             name.removeprefix("llm."): t for name, t in system.state_dict().items() if name.startswith("llm.")
         }
     else:
-        stored = read_llama(
-            open_tensors(config.llama.path), config.llama.heads, config.llama.num_kv_heads, str(config.llama.path)
-        )
-        llama = Tensors(stored)
+        llama = Tensors(_llama_loaders(config))
     dtype = getattr(torch, config.llama.dtype)
     meta: dict[str, Loader] = {n: partial(_rounded, load, dtype) for n, load in to_meta(llama, config.llama).items()}
     published = meta_logits(meta, config.llama, tokens, trained, config.rope_theta)

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm.config import to_dict
 from vlm.models.formats import Model
 from vlm.models.gated_sizes import sizes_of
 from vlm.models.llama_base import SIZES, LlamaBaseConfig
 from vlm.models.published import LLAMA_VQA, VAMOS
-from vlm.models.vamos import VamosConfig
+from vlm.models.vamos import VamosConfig, decisive_settings
 from vlm.types import UserError
 
 VAMOS_THETA = 500_000.0
@@ -161,9 +162,7 @@ def states_theta(llama: LlamaBaseConfig) -> bool:
     return file is not None and file.is_file() and "rope_theta" in json.loads(file.read_text())
 
 
-_OF_RECIPE = (
-    "num_frames", "adapter_len", "video_bias", "projector", "feature_dim", "temporal_embedding", "use_video",
-)  # fmt: skip
+_OF_RECIPE = ("video_bias", "projector", "feature_dim", "temporal_embedding")  # besides what is decisive
 
 
 def _of_recipe(settings: Mapping[str, Any]) -> dict[str, Stated]:
@@ -171,21 +170,13 @@ def _of_recipe(settings: Mapping[str, Any]) -> dict[str, Stated]:
     if not settings:
         return {}
     found = {f"model.{n}": Stated(settings[n], f"its recipe's model.{n}") for n in _OF_RECIPE if n in settings}
+    try:
+        decisive = decisive_settings(settings)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"its own settings are of another version ({error}); name its recipe") from error
+    found |= {f"model.{n}": Stated(v, f"its recipe's model.{n}") for n, v in decisive.items()}
     if not settings.get("use_video", True):
         found = {n: s for n, s in found.items() if n not in ("model.feature_dim", "model.projector")}
-    llama = settings.get("llama", {})
-    for name in ("vocab_size", "norm_eps"):
-        if name in llama:
-            found[f"model.llama.{name}"] = Stated(llama[name], f"its recipe's model.llama.{name}")
-    if "layers" in llama and "adapter_layer" in settings:
-        prompted = settings["adapter_layer"] or llama["layers"]
-        found["model.adapter_layer"] = Stated(prompted, "its recipe's model.adapter_layer")
-        if prompted < llama["layers"]:
-            skip = settings.get("skip_lower_blocks", False)
-            found["model.skip_lower_blocks"] = Stated(skip, "its recipe's model.skip_lower_blocks")
-    theta = settings.get("rope_theta") or llama.get("rope_theta")
-    if theta is not None:
-        found["model.rope_theta"] = Stated(theta, "its recipe's model.rope_theta")
     return found
 
 
@@ -310,11 +301,12 @@ def _size(sizes: Mapping[str, int]) -> str:
 
 def _setting(config: VamosConfig, name: str) -> Any:
     """What the recipe says, with what it leaves to its LLaMA filled in."""
-    filled = {"adapter_layer": config.prompted, "rope_theta": config.rope_theta or config.llama.rope_theta}
-    _, *groups, last = name.split(".")
-    if groups:
-        return getattr(config.llama, last)
-    return filled.get(last, getattr(config, last))
+    filled = decisive_settings(to_dict(config))
+    name = name.removeprefix("model.")
+    if name in filled:
+        return filled[name]
+    group, _, last = name.rpartition(".")
+    return getattr(config.llama if group else config, last)
 
 
 def _free(name: str, config: VamosConfig) -> bool:

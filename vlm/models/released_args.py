@@ -53,6 +53,12 @@ def released_args(family: str, model: Model) -> dict[str, Any]:
         args |= _of_model(family, model)
         if "llama" in model.settings:
             args |= _of_llama(LlamaBaseConfig(**model.settings["llama"]))
+    inputs = model.run.get("inputs") or {}
+    if family == "vamos" and inputs.get("use_video") is False and not inputs.get("blind_placeholders"):
+        model.notes.append(
+            f"its rows have no places for video; the original's keep {args['max_feats']} of them, filled with the token "
+            "0, so the same question is another row there (inputs.blind_placeholders trains with them)"
+        )
     if model.run:
         args |= {name: value for name, value in _of_run(model.run).items() if name in args}
     return args

@@ -10,7 +10,8 @@ The trainer calls the module itself, `system(batch)`; evaluation calls `system.p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -73,6 +74,11 @@ class System(nn.Module):
         whose gradient is zero only because a gate in front of it still is counts as reached.
         """
         return True
+
+    def decisive(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a recipe's `model` settings, as a checkpoint stores them: those without which trained tensors of the same
+        names and shapes compute something else. A checkpoint loads only where they are the recipe's."""
+        return {}
 
     def freeze(self) -> None:
         """Set `requires_grad` by `trainable`, and remember the hash of what is frozen."""

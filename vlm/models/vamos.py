@@ -13,7 +13,7 @@ Letters: B videos, N frames, S tokens, D width of LLaMA.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -102,6 +102,25 @@ class VamosConfig:
     def build(self) -> Vamos:
         """The model with fresh trainable parameters and its LLaMA loaded."""
         return Vamos(self)
+
+
+def decisive_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stored `VamosConfig` (`vlm.config.to_dict`) says of the blocks that run and of the rows they read, with
+    what it leaves to its LLaMA filled in. Sizes that tensors' shapes tell are not among them."""
+    llama = settings["llama"]
+    layers = llama["layers"]
+    prompted = settings["adapter_layer"] or layers
+    return {
+        "num_frames": settings["num_frames"] if settings["use_video"] else None,
+        "use_video": settings["use_video"],
+        "adapter_len": settings["adapter_len"],
+        "adapter_layer": prompted,
+        "skip_lower_blocks": settings["skip_lower_blocks"] and prompted < layers,
+        "rope_theta": settings["rope_theta"] or llama["rope_theta"],
+        "llama.norm_eps": llama["norm_eps"],
+        "llama.kv_heads": llama["kv_heads"] or llama["heads"],
+        "llama.vocab_size": llama["vocab_size"],
+    }
 
 
 def vamos(**settings: Any) -> VamosConfig:
@@ -204,6 +223,10 @@ class Vamos(CausalSystem):
         if name.endswith(".gate2"):
             return any(bool(rows.after_video.any()) for view, rows in learnt.items() if view != VIDEO_ORDER)
         return bool(learnt)
+
+    def decisive(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """See `decisive_settings`."""
+        return decisive_settings(settings)
 
     def predictions_of(self, name: str, rows: TextRows) -> int:
         """`video_order`: frames; else tokens."""

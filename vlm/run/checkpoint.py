@@ -30,6 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlm.config import differences, to_dict
 from vlm.distributed import barrier, share_object
 from vlm.models.system import System
 from vlm.run import zero_state
@@ -277,18 +278,40 @@ def load_weights(folder: Path, model: System) -> dict[str, Any]:
     tensors = load_file(folder / "model.safetensors")
     want = {name: p for name, p in model.named_parameters() if p.requires_grad} | persistent_buffers(model)
     difference = diff_keys(tensors, want)
+    other, contradictions = _other_settings(manifest, model)
+    settings = f"\nSettings, the checkpoint's -> this recipe's: {', '.join(other)}" if other else ""
     if difference:
-        raise UserError(f"{folder}: does not fit this recipe's model: {difference}")
+        raise UserError(f"{folder}: does not fit this recipe's model: {difference}{settings}")
     if manifest["frozen_hash"] != model.frozen_hash():
         raise UserError(
             f"{folder}: was trained on other frozen weights (hash {manifest['frozen_hash']}) than this recipe loads "
-            f"({model.frozen_hash()}); give the same frozen base, or the result is noise"
+            f"({model.frozen_hash()}); give the same frozen base, or the result is noise{settings}"
+        )
+    if contradictions:
+        raise UserError(
+            f"{folder}: was trained with other settings (the checkpoint's -> this recipe's): "
+            f"{', '.join(contradictions)}. With these its weights compute something else; give the recipe the "
+            "checkpoint's values"
         )
     with torch.no_grad():
         for name, target in want.items():
             target.copy_(tensors[name])
     state = folder / "state.json"
     return json.loads(state.read_text()) if state.is_file() else {}
+
+
+def _other_settings(manifest: dict[str, Any], model: System) -> tuple[list[str], list[str]]:
+    """How the model settings stored in a checkpoint differ from the model's own: all, and those that are decisive."""
+    stored = (manifest.get("recipe") or {}).get("model")
+    config = getattr(model, "config", None)
+    if not stored or config is None:
+        return [], []
+    own = to_dict(config)
+    try:
+        decisive = differences(model.decisive(stored), model.decisive(own), "model")
+    except (KeyError, TypeError):  # stored by a version with other settings
+        decisive = []
+    return differences(stored, own, "model"), decisive
 
 
 def load_optimizer(folder: Path, engine: Any, state: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def test_links_within_a_page(page: Path) -> None:
 # In convert.md `model.…` also names attributes of a torch module.
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "convert.md"], ids=lambda page: page.name)
 def test_fields_exist(page: Path) -> None:
-    heads = "model|clips|data|optim|eval"
+    heads = "model|inputs|data|optim|eval"
     for path in re.findall(rf"`((?:{heads})\.[a-z_.]+)(?:=[^`]*)?`", page.read_text()):
         assert path in paths_of_fields(), f"{page.name} names the field {path}"
 

@@ -17,6 +17,7 @@ from vlm.data.loader import MicroBatch
 from vlm.data.packing import Row, pack
 from vlm.distributed import join
 from vlm.recipe import load
+from vlm.run import zero_state
 from vlm.run.audit import MIN_RECORDS, Audit, checksums
 from vlm.run.engine import Engine, derive
 from vlm.types import IGNORE, Batch, UserError
@@ -135,6 +136,21 @@ def test_a_choice_that_contradicts_itself_is_refused(world) -> None:
     with pytest.raises(UserError, match=r"temporal_emb\.weight: requires_grad says otherwise than Vamos\.trainable"):
         Audit(engine, 3, print)
     Audit(engine, 0, print)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_is_the_same_with_and_without(world, stage) -> None:
+    """To the bit: looking does not touch moments, masters or random numbers."""
+    ends = []
+    for audited in (0, 2):
+        recipe, model = vamos_worker.recipe(), vamos_worker.build()
+        hardware = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": stage}}
+        engine = Engine(model, recipe, derive(hardware, recipe, world.size), world)
+        audit = Audit(engine, audited, lambda line: None)
+        go(engine, audit, [vamos_worker.batch_of(range(5 * step, 5 * step + 5)) for step in range(6)], lr=1e-2)
+        audit.finish()
+        ends.append({name: values["param"] for name, values in zero_state.read(engine)})
+    assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
 
 
 def test_off_means_off(world) -> None:

@@ -177,8 +177,8 @@ def hidden_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 def _hidden_rule(dim: int, hidden: int) -> tuple[int, float | None]:
     """multiple_of and ffn_dim_multiplier that give a width: published pairs first, else any that do."""
-    for multiplier in (None, 1.3):
-        for multiple in (256, 1024, 4096, 512, 128, 64, 32, 16, 8):
+    for multiplier, published in ((None, 256), (1.3, 1024)):
+        for multiple in (published, 256, 1024, 4096, 512, 128, 64, 32, 16, 8):
             if hidden_width(dim, multiple, multiplier) == hidden:
                 return multiple, multiplier
     if hidden_width(dim, hidden, None) == hidden:

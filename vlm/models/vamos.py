@@ -198,6 +198,10 @@ class Vamos(CausalSystem):
             inside = torch.cat([torch.zeros_like(p.after_video).index_fill(0, p.slots, True) for p in rows])
         return {"prompts": Prompts(prompts, self._gates, after, inside)}
 
+    def places(self, name: str, rows: TextRows) -> Tensor:
+        """`video_order`: before each slot; else before each token to be predicted."""
+        return rows.slots - 1 if name == VIDEO_ORDER else rows.predictors
+
     def view_loss(self, name: str, rows: TextRows, hidden: Tensor, batch: Batch) -> LossTerm | None:
         """`video_order`: the output before each slot must be nearest to the features that come there."""
         if name != VIDEO_ORDER:
@@ -206,7 +210,7 @@ class Vamos(CausalSystem):
             raise UserError(f"{', '.join(batch.keys)}: {VIDEO_ORDER} needs frame features, but the batch has none")
         frames = self.project(batch.features)
         count = frames.shape[1]
-        outputs = hidden[rows.slots - 1].unflatten(0, (-1, count))
+        outputs = hidden.unflatten(0, (-1, count))
         videos = rows.sources.unflatten(0, (-1, count))[:, 0] // count
         return LossTerm(self._order_loss(outputs, frames[videos], rows.sources % count), rows.slots.numel())
 

@@ -16,7 +16,7 @@ from tools import convert_ckpt
 from vlm.models.gated_sizes import GatedSizes, expected_shapes
 from vlm.models.published import LLAMA_VQA, VAMOS
 
-DIM, LAYERS, HEADS, KEY_HEADS, HIDDEN, WORDS, WIDTH, FRAMES = 16, 3, 2, 1, 24, 40, 12, 4
+DIM, LAYERS, HEADS, KEY_HEADS, HIDDEN, WORDS, WIDTH, FRAMES = 16, 3, 2, 1, 48, 40, 12, 4
 KIND_OF = {"vamos": VAMOS, "flipped": LLAMA_VQA, "vico": LLAMA_VQA}
 
 
@@ -50,7 +50,7 @@ def llama_folder(folder: Path, shards: int = 1, *, words_cut: bool = False, **pa
 
 def tensors(family: str, seed: int = 1, **sizes: Any) -> dict[str, Tensor]:
     """What a released file holds under `model`: open gates, all blocks with gates."""
-    known = {
+    known: dict[str, Any] = {
         "dim": DIM,
         "layers": LAYERS,
         "heads": HEADS,

@@ -184,7 +184,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "shards are missing" in r.refusal(capsys, meta, tmp_path / "o", *to_ours)
     (meta / "params.json").unlink()
     assert "Meta's folder has consolidated.00.pth" in r.refusal(capsys, meta, tmp_path / "o", *to_ours)
-    with pytest.raises(UserError, match="neither params.json"):
+    with pytest.raises(UserError, match=r"neither params\.json"):
         llama_config(meta)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["7B"]
     with pytest.raises(SystemExit):

@@ -78,7 +78,12 @@ def debug() -> Recipe:
         global_batch_size=4,
         steps=4,
         eval=EvalConfig(
-            shards="data/demo/shards_features/test", workers=0, batch_size=2, metric="accuracy", probes=("blind",)
+            shards="data/demo/shards_features/test",
+            workers=0,
+            batch_size=2,
+            metric="accuracy",
+            probes=("blind",),
+            kinds=NEXTQA_KINDS,
         ),
         run_dir=Path("runs/debug/llama_vqa"),
         log_every=1,

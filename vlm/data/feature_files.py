@@ -59,6 +59,8 @@ class FeatureFiles:
                 raise UserError(
                     f"another process is writing {self.file}: wait for it, or choose another --out"
                 ) from error
+            for left in self.file.parent.glob(f".{self.file.name}.*"):  # by one that was killed while it joined
+                left.unlink()
             settings = self.parts / "settings.json"
             if settings.exists():
                 self._refuse_others(self.parts, json.loads(settings.read_text()))

@@ -20,6 +20,7 @@ class ProgressLine:
         self.stage = ""
         self.start = (0.0, 0, 0)  # time, items and parts when the stage began
         self.shown = 0.0
+        self.last = ""
 
     def __call__(
         self, stage: str, done: int, total: int | None, parts: int = 0, name_of_parts: str = "", note: str = ""
@@ -39,6 +40,9 @@ class ProgressLine:
         also = f", {(parts - self.start[2]) / elapsed:.0f} {name_of_parts}/s" if name_of_parts else ""
         left = f", {_clock((total - done) / rate)} left" if rate > 0 and done < total else ""
         share = 100 * done // max(total, 1)
+        if done == total and self.last == f"{stage} {done}":  # said already
+            return
+        self.last = f"{stage} {done}"
         self._show(f"{done}/{total} {self.items} ({share} %), {rate:.1f} {self.items}/s{also}{left}{note}")
 
     def _show(self, text: str) -> None:

@@ -139,7 +139,7 @@ def test_a_model_that_reads_no_video_keeps_the_projector_aside(
     r.convert(tmp_path / "best.pth", tmp_path / "ours", "--from", "vamos", "--to", "vlm", *overrides)
     said = capsys.readouterr().out
     assert "the projector is kept aside for the way back" in said
-    assert "To run it, add inputs.max_length=128 inputs.blind_placeholders=true" in said
+    assert "To run it, add inputs.max_length=128 inputs.caption=llava_v15_13b_n6 inputs.blind_placeholders" in said
     assert set(load_file(tmp_path / "ours" / "unused.safetensors")) == {"visual_proj.weight"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -222,7 +222,7 @@ def test_another_size_is_refused(tmp_path: Path, family: str, capsys: pytest.Cap
     r.released(tmp_path / "best.pth", family)
     other = r.llama_folder(tmp_path / "llama" / "13B", dim=20)
     said = r.refusal(capsys, tmp_path / "best.pth", tmp_path / "ours", "--from", family, "--to", "vlm", "--base", other)
-    assert "was trained on a LLaMA of dim 16, 3 layers, 2 heads, the recipe's LLaMA is a LLaMA of dim 20, 3" in said
+    assert "was trained on a LLaMA of dim 16, 3 layers, 2 heads, the LLaMA given is a LLaMA of dim 20, 3" in said
     assert not (tmp_path / "ours").exists()
 
 
@@ -233,7 +233,7 @@ def test_another_generation_is_refused(tmp_path: Path, llama: Path, capsys: pyte
     second = r.llama_folder(tmp_path / "llama2" / "7B", norm_eps=1e-5)
     r.released(source, "flipped", {"llama_model_path": "./pretrained/llama2/"})
     said = r.refusal(capsys, source, ours, *common, llama)
-    assert "on LLaMA 2 (args.llama_model_path = './pretrained/llama2/'), but the recipe's is LLaMA 1" in said
+    assert "on LLaMA 2 (args.llama_model_path = './pretrained/llama2/'), but the LLaMA given is LLaMA 1" in said
     assert "norm_eps 1e-06" in said
     assert "same sizes and words, other weights" in said
     r.released(source, "flipped")

@@ -121,6 +121,7 @@ def fit(
     Returns:
         none where nothing is known but the tensors.
     """
+    named = "the LLaMA given" if config is None else "the recipe's LLaMA"
     if config is None and model.settings:
         config = stored_config(model.settings, subject)
     if config is None and base is not None:
@@ -134,7 +135,7 @@ def fit(
         return None
     if base is not None:
         config = replace(config, llama=replace(config.llama, path=base))
-    model.notes += refuse_mismatch(model, config, subject, trained_on)
+    model.notes += refuse_mismatch(model, config, subject, trained_on, named)
     path = config.llama.path
     if path is not None and not path.is_dir():
         if needed or base is not None:

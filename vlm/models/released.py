@@ -195,6 +195,13 @@ def input_settings(model: Model) -> dict[str, Stated]:
     }
     if family == "vico":
         found["inputs.caption_skip"] = Stated(3, "ViCo's code")
+    if family == "vamos" and "use_vis" in args:
+        found["inputs.use_video"] = Stated(args["use_vis"], "args.use_vis")
+        if "alter_train" in args:
+            found["inputs.alternate"] = Stated(args["alter_train"], "args.alter_train")
+    if family == "vamos" and "use_cap" in args:
+        file = "blip2_n6" if args.get("dataset") == "intentqa" else f"llava_v15_{args.get('cap_model', '13b')}_n6"
+        found["inputs.caption"] = Stated(file if args["use_cap"] else None, "args.use_cap")
     if family == "vamos" and (args.get("alter_train") or args.get("use_vis") is False):
         where = "args.alter_train" if args.get("alter_train") else "args.use_vis"
         found["inputs.blind_placeholders"] = Stated(True, where)
@@ -218,12 +225,19 @@ def other_inputs(model: Model, inputs: Any) -> list[str]:
 # ------------------------------------------------------------------------------------------ against a recipe
 
 
-def refuse_mismatch(model: Model, config: VamosConfig, subject: str, trained_on: str | None = None) -> list[str]:
+def refuse_mismatch(
+    model: Model,
+    config: VamosConfig,
+    subject: str,
+    trained_on: str | None = None,
+    named: str = "the recipe's LLaMA",
+) -> list[str]:
     """Refuse a checkpoint that is not of the recipe's LLaMA, or was trained with other settings.
 
     Args:
         subject: names checkpoint and recipe in messages.
         trained_on: one of `GENERATIONS`, where a person knows better than `args`.
+        named: what to call the config's LLaMA.
     Returns:
         what could not be told, as sentences for the person.
     UserError: names both facts of everything that contradicts.
@@ -232,28 +246,31 @@ def refuse_mismatch(model: Model, config: VamosConfig, subject: str, trained_on:
         stated = trained_with(model, config.llama)
     except UserError as error:
         raise UserError(f"{subject}: {error}") from error
-    notes = _refuse_other_llama(model, config, stated, subject, trained_on)
-    wrong = [
-        f"  {name}: the checkpoint has {text(s.value)} ({s.where}), the recipe {text(_setting(config, name))}"
-        for name, s in stated.items()
-        if not _same(s.value, _setting(config, name)) and not _free(name, config)
-    ]
+    notes = _refuse_other_llama(model, config, stated, subject, trained_on, named)
+    wrong = {n: s for n, s in stated.items() if not _same(s.value, _setting(config, n)) and not _free(n, config)}
     if wrong:
-        mend = " ".join(overrides({n: s for n, s in stated.items() if not _same(s.value, _setting(config, n))}))
-        lines = "\n".join(wrong)
-        raise UserError(f"{subject}: was trained with other settings.\n{lines}\nMend: add {mend}")
+        lines = "\n".join(
+            f"  {name}: the checkpoint has {text(s.value)} ({s.where}), the recipe {text(_setting(config, name))}"
+            for name, s in wrong.items()
+        )
+        raise UserError(f"{subject}: was trained with other settings.\n{lines}\nMend: add {' '.join(overrides(wrong))}")
     return notes
 
 
 def _refuse_other_llama(
-    model: Model, config: VamosConfig, stated: Mapping[str, Stated], subject: str, trained_on: str | None
+    model: Model,
+    config: VamosConfig,
+    stated: Mapping[str, Stated],
+    subject: str,
+    trained_on: str | None,
+    named: str,
 ) -> list[str]:
     sizes = {name: stated[f"model.llama.{name}"].value for name in ("dim", "layers", "heads")}
     wanted = {name: getattr(config.llama, name) for name in sizes}
     if sizes != wanted:
         raise UserError(
-            f"{subject}: was trained on {_size(sizes)}, the recipe's LLaMA is {_size(wanted)}: prompts and gates of "
-            "one size fit no other. Mend: the recipe and --base of the LLaMA that it was trained on."
+            f"{subject}: was trained on {_size(sizes)}, {named} is {_size(wanted)}: prompts and gates of one "
+            "size fit no other. Mend: the recipe and --base of the LLaMA that it was trained on."
         )
     args = arguments_of(model)
     path = args.get("llama_model_path")
@@ -276,19 +293,19 @@ def _refuse_other_llama(
             else "same sizes and words, other weights"
         )
         raise UserError(
-            f"{subject}: was trained on LLaMA {trained} ({where}), but the recipe's is {describe_llama(config.llama)}: "
+            f"{subject}: was trained on LLaMA {trained} ({where}), but {named} is {describe_llama(config.llama)}: "
             f"{why}, and its answers would be noise. {mend}; or, where the path misleads, --trained-on llama{wants}."
         )
     if trained is None and path is not None and wants == 3:
         raise UserError(
             f"{subject}: was trained on LLaMA 1 or 2 ({where} does not have 'llama3' in it, by which the original "
-            f"chose the tokenizer), but the recipe's is {describe_llama(config.llama)}. {mend}, or --trained-on llama3."
+            f"chose the tokenizer), but {named} is {describe_llama(config.llama)}. {mend}, or --trained-on llama3."
         )
     if trained is not None or wants is None:
         return [] if trained is not None else [f"which LLaMA it was trained on is not compared: {where}"]
     told = "LLaMA 1 or 2" if path is not None else "LLaMA 1, 2 or 3"
     return [
-        f"WARNING: it cannot be told whether this checkpoint was trained on {told} ({where}); the recipe's is "
+        f"WARNING: it cannot be told whether this checkpoint was trained on {told} ({where}); {named} is "
         f"{describe_llama(config.llama)}. On another one it answers at chance. --trained-on states it"
     ]
 

@@ -10,10 +10,10 @@ import argparse
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import psutil
 import torch
@@ -62,7 +62,8 @@ def require_shapes(model: Model, subject: str) -> None:
         raise UserError(f"{subject}: {error}") from error
     if model.kind == LLAMA_VQA and not sizes.frames and model.source.get("format") in FAMILIES:
         sizes = replace(sizes, frames=int(arguments_of(model).get("max_feats", 10)))
-    diff_keys(model.tensors, expected_shapes(sizes, model.kind)).require(subject)
+    known = {name: t for name, t in model.tensors.items() if not name.startswith("selector.")}
+    diff_keys(known, expected_shapes(sizes, model.kind)).require(subject)
 
 
 def write(family: str, path: Path, model: Model) -> None:
@@ -213,11 +214,22 @@ def _llama_loaders(config: VamosConfig) -> dict[str, Loader]:
 def stored_config(settings: Mapping[str, Any], subject: str) -> VamosConfig:
     """The config that a checkpoint of ours holds. UserError: of another version."""
     try:
-        return VamosConfig(**{**settings, "llama": LlamaBaseConfig(**settings["llama"])})
+        return _built(VamosConfig, settings)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"{subject}: its own settings cannot be read ({error}). Mend: name its recipe (--recipe)."
         ) from error
+
+
+def _built(cls: Any, settings: Mapping[str, Any]) -> Any:
+    """A config dataclass from `vlm.config.to_dict` of one, groups of settings included."""
+    hints = get_type_hints(cls)
+    values = dict(settings)
+    for name, value in values.items():
+        options = [option for option in (hints[name], *get_args(hints[name])) if is_dataclass(option)]
+        if isinstance(value, Mapping) and options:
+            values[name] = _built(options[0], value)
+    return cls(**values)
 
 
 def derived_config(model: Model, llama: LlamaBaseConfig, subject: str) -> VamosConfig:
@@ -246,6 +258,8 @@ def compare_logits(system: Vamos, model: Model, again: Model) -> str:
     config = system.config
     if config.llama.path is None and config.skip_lower_blocks:
         return "not compared: the LLaMA is random; the tensors were compared to the bit"
+    if getattr(config, "selector", None) is not None:
+        return "not compared: no original has a token bottleneck; the tensors were compared to the bit"
     start, count = 4, config.num_frames if config.use_video else 0
     tokens = fixed_tokens(config.llama.vocab_size, start + count + 16)
     features = None

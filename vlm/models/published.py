@@ -34,7 +34,7 @@ GATED = (VAMOS, LLAMA_VQA)  # kinds that are the trained part alone; the LLaMA u
 HAS_FROZEN = (VIT_LLAMA,)  # kinds with tensors that are never trained
 FROZEN = {**dict.fromkeys(KIND_TITLES, r"(?!)"), VIT_LLAMA: r"llama\..+"}  # their names
 
-# ------------------------------------------------ pairs (ours, theirs): {i} is a number, {p} is weight or bias
+# --------------------------- pairs (ours, theirs): {i} is a number, {p} is weight or bias, {rest} any names to the end
 
 Pairs = Sequence[tuple[str, str]]
 
@@ -133,12 +133,12 @@ class Family:
 
 
 def _pattern(name: str) -> str:
-    return re.escape(name).replace(r"\{i\}", r"(\d+)").replace(r"\{p\}", "(weight|bias)")
+    return re.escape(name).replace(r"\{i\}", r"(\d+)").replace(r"\{p\}", "(weight|bias)").replace(r"\{rest\}", "(.+)")
 
 
 def _replacement(name: str) -> str:
     for number in range(1, name.count("{") + 1):
-        name = re.sub(r"\{[ip]\}", rf"\\{number}", name, count=1)
+        name = re.sub(r"\{(?:i|p|rest)\}", rf"\\{number}", name, count=1)
     return name
 
 
@@ -149,7 +149,7 @@ FAMILIES = {
             PRETRAIN: _MASKED,
             FINETUNE: _VIT,
             VIT_LLAMA: (*_VIT, *_MAPPERS, *_OUR_LAYERS),
-            VAMOS: _VAMOS,
+            VAMOS: (*_VAMOS, *_same("selector.{rest}")),  # a token bottleneck, which no original has
             LLAMA_VQA: (*_BIASED, *_MLP),
         },
     ),

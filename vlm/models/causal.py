@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from vlm.models.system import Cost, System
-from vlm.nn.language import make_spans
+from vlm.nn.language import make_spans, make_wanted
+from vlm.nn.llama_layers import can_narrow
 from vlm.nn.splice import splice
 from vlm.types import Batch, Losses, LossTerm, TextRows, UserError
 
@@ -43,12 +45,25 @@ class CausalSystem(System):
         """(B, N, D) video tokens of the batch; None: it has no video."""
         raise NotImplementedError
 
+    def fill(self, text: Tensor, rows: TextRows, batch: Batch) -> Tensor:
+        """Embedded rows (S, D), in which a system may put what it chose or made in the place of some; same shape."""
+        if rows.pick_slots.numel():
+            raise UserError(
+                f"{', '.join(batch.keys)}: the rows leave places for chosen caption tokens (inputs.keep_tokens), but "
+                "this model has no selector (model.selector) to choose them"
+            )
+        return text
+
     def attention_arguments(self, names: Sequence[str], rows: Sequence[TextRows]) -> dict[str, Any]:
         """What the blocks' attention gets besides the spans, for rows of the views of these names, end to end."""
         return {}
 
+    def places(self, name: str, rows: TextRows) -> Tensor:
+        """Places (Z,) int64 among a view's rows whose outputs its loss reads; each once costs least."""
+        return rows.predictors
+
     def view_loss(self, name: str, rows: TextRows, hidden: Tensor, batch: Batch) -> LossTerm | None:
-        """A view's own loss from its (S, D) normed outputs; None: it predicts its tokens, as most views do."""
+        """A view's own loss from the normed outputs (Z, D) at its `places`; None: it predicts its tokens, as usual."""
         return None
 
     def predictions_of(self, name: str, rows: TextRows) -> int:
@@ -62,10 +77,11 @@ class CausalSystem(System):
         if not batch.views:
             raise UserError(f"{', '.join(batch.keys)}: a batch without text reached a language model; check the views")
         names, rows = list(batch.views), list(batch.views.values())
-        hidden = self.read(names, rows, batch).split([sum(part.lengths) for part in rows])
+        places = [self.places(name, part) for name, part in zip(names, rows)]
+        hidden = self.read_at(names, rows, places, batch)
         own = {n: self.view_loss(n, part, out, batch) for n, part, out in zip(names, rows, hidden)}
         tokens = [name for name in names if own[name] is None]
-        nll = self.token_losses([h for n, h in zip(names, hidden) if n in tokens], [batch.views[n] for n in tokens])
+        nll = self.nll([out for n, out in zip(names, hidden) if n in tokens], [batch.views[n] for n in tokens])
         summed = dict(zip(tokens, nll))
         return {
             name: LossTerm(summed[name].sum(), len(summed[name])) if term is None else term
@@ -84,8 +100,7 @@ class CausalSystem(System):
         rows = batch.options
         if rows is None or not rows.leaves:
             raise UserError(f"{', '.join(batch.keys)}: no options to choose from; this data has no questions")
-        hidden = self.read(["options"], [rows], batch)
-        nll = self.token_losses([hidden], [rows])[0]
+        nll = self.nll(self.read_at(["options"], [rows], [rows.predictors], batch), [rows])[0]
         counts = torch.tensor(rows.target_counts, device=nll.device)
         owner = torch.arange(len(rows.lengths), device=nll.device).repeat_interleave(counts, output_size=len(nll))
         sums = torch.zeros(len(rows.lengths), device=nll.device).index_add(0, owner, nll)
@@ -100,8 +115,16 @@ class CausalSystem(System):
 
     # ------------------------------------------------------------------------------------------ the pass itself
 
-    def read(self, names: Sequence[str], rows: Sequence[TextRows], batch: Batch) -> Tensor:
-        """Normed outputs of the language model, (S, D), for the rows of several views end to end."""
+    def read(
+        self, names: Sequence[str], rows: Sequence[TextRows], batch: Batch, places: Tensor | None = None
+    ) -> Tensor:
+        """Normed outputs of the language model for the rows of several views end to end.
+
+        Args:
+            places: (Z,) int64 among all rows' tokens, the outputs to return; None: all of them.
+        Returns:
+            (S, D), or (Z, D) at `places`.
+        """
         video = self.encode_video(batch)
         joined = join(rows)
         text = self.llm.get_input_embeddings()(joined.tokens)
@@ -109,24 +132,46 @@ class CausalSystem(System):
             text = splice(text, video, joined.slots, joined.sources)
         elif joined.slots.numel():
             raise UserError(f"{', '.join(batch.keys)}: the text has places for video, but the batch has no features")
-        return self.llm.base_model(
+        text = self.fill(text, joined, batch)
+        arguments = self.attention_arguments(names, rows)
+        narrow = places is not None and can_narrow(self.llm) and 2 * len(places) <= len(text)
+        if places is not None and narrow:
+            arguments["wanted"] = make_wanted(places, joined.lengths, joined.parents)
+        hidden = self.llm.base_model(
             inputs_embeds=text[None],
             position_ids=joined.positions[None],
             # a mask of four dimensions is passed on as it is; the spans say what is seen
             attention_mask=text.new_empty(1, 1, 0, 0),
             use_cache=False,
             spans=make_spans(joined.lengths, joined.parents, text.device),
-            **self.attention_arguments(names, rows),
+            **arguments,
         ).last_hidden_state[0]
+        return hidden if places is None or narrow else hidden[places]
+
+    def read_at(
+        self, names: Sequence[str], rows: Sequence[TextRows], places: Sequence[Tensor], batch: Batch
+    ) -> list[Tensor]:
+        """Normed outputs (Z, D) at places (Z,) of each view's rows, one pass; a place in several views or several times
+        in one is worked out once."""
+        starts = accumulate((sum(part.lengths) for part in rows), initial=0)
+        wanted = torch.cat([where + start for where, start in zip(places, starts)])
+        sizes = [len(where) for where in places]
+        if all(max(part.parents) < 0 for part in rows):  # only rows that share a beginning read a place twice
+            return list(self.read(names, rows, batch, wanted).split(sizes))
+        once, number = wanted.unique(return_inverse=True)
+        return list(self.read(names, rows, batch, once)[number].split(sizes))
 
     def token_losses(self, hidden: Sequence[Tensor], rows: Sequence[TextRows]) -> list[Tensor]:
-        """Cross-entropy (Z,) fp32 of each view's predicted tokens, from one pass through the output layer."""
+        """Cross-entropy (Z,) fp32 of each view's predicted tokens, from outputs (S, D) of all its tokens."""
+        return self.nll([out[part.predictors] for out, part in zip(hidden, rows)], rows)
+
+    def nll(self, picked: Sequence[Tensor], rows: Sequence[TextRows]) -> list[Tensor]:
+        """Cross-entropy (Z,) fp32 of each view's predicted tokens, from the outputs (Z, D) at its predictors and one
+        pass through the output layer."""
         if not rows:
             return []
-        picked = torch.cat([out[part.predictors] for out, part in zip(hidden, rows)])
-        logits = self.logits(picked)
         targets = torch.cat([part.targets for part in rows])
-        nll = functional.cross_entropy(logits, targets, reduction="none")
+        nll = functional.cross_entropy(self.logits(torch.cat(list(picked))), targets, reduction="none")
         return list(nll.split([part.targets.numel() for part in rows]))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -170,11 +215,11 @@ def join(rows: Sequence[TextRows]) -> TextRows:
         rows[0],
         **{
             name: torch.cat([getattr(p, name) for p in rows])
-            for name in ("tokens", "positions", "sources", "targets", "after_video")
+            for name in ("tokens", "positions", "sources", "targets", "after_video", "pick_sources")
         },
         **{
             name: torch.cat([getattr(p, name) + start for p, start in zip(rows, tokens)])
-            for name in ("slots", "predictors")
+            for name in ("slots", "predictors", "pick_slots")
         },
         lengths=tuple(length for part in rows for length in part.lengths),
         parents=tuple(

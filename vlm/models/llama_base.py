@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vlm.nn.language import ATTENTION, ExactRotary
+from vlm.nn.llama_layers import use_lean_layers
 from vlm.types import UserError
 from vlm.weights import META_LAYER_TABLE, Loader, Table, diff_keys, open_tensors, pairs_to_halves, rename
 
@@ -113,6 +114,7 @@ class LlamaBaseConfig:
             rotary = ExactRotary(LlamaRotaryEmbedding(config))
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
+            use_lean_layers(model)
         model.model.rotary_emb = rotary
         model.to(getattr(torch, self.dtype)).requires_grad_(False)
         if torch.get_default_device().type != "meta":

@@ -4,6 +4,8 @@ A frozen LLaMA answers questions on video. What trains: a projector of frame fea
 rows that the upper blocks attend through zero-initialised gates (LLaMA-Adapter, arXiv 2303.16199), and, outside Vamos,
 an embedding of the frame's number and a bias of text towards the video.
 
+`selector` puts the token bottleneck of Vamos (its section on hard attention) between caption and LLaMA.
+
 Which system it is follows from the recipe's views as well: Vamos learns `answer`; LLaMA-VQA `answer`, `question` and
 `video_order`; ViCo `answer` and `caption`. Captions as input are text of the prompt, no matter of the model.
 
@@ -25,10 +27,38 @@ from vlm.data.questions import QuestionConfig
 from vlm.models.causal import CausalSystem
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.nn.language import Gates, Prompts
-from vlm.types import Batch, LossTerm, TextRows, UserError
+from vlm.nn.selector import Selector
+from vlm.nn.splice import splice
+from vlm.types import Batch, LossTerm, Passages, TextRows, UserError
 
 VIDEO_ORDER = "video_order"
 """The one view that is no loss over the vocabulary: which frame comes next (Flipped-VQA, section 3.3)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SelectorConfig:
+    """The token bottleneck: of the caption the LLaMA reads a few chosen tokens (vlm.nn.selector)."""
+
+    keep: int = 40
+    """Tokens that stay (k), at most; a shorter caption stays whole. The paper's page shows 40. A checkpoint that was
+    trained with one number can be tested with another."""
+    width: int = 128
+    """Width of the selector (W): 128 and one block have the 0.7 million parameters that the paper's has."""
+    layers: int = 1
+    """Blocks of its encoder."""
+    heads: int = 4
+    """Attention heads of a block."""
+    temperature: float = 1.0
+    """Of the Gumbel-softmax in training; tests choose without noise, so it does nothing there."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "width", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.selector.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"model.selector.width={self.width} does not divide into {self.heads} heads of even width")
+        if self.temperature <= 0:
+            raise ValueError(f"model.selector.temperature is {self.temperature}; it must be above 0")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,6 +92,8 @@ class VamosConfig:
     rope_theta: float | None = None
     """Base of the rotary embedding where it is not to be the LLaMA's own. Vamos' released checkpoints on LLaMA 1 and 2
     were trained with 500000 (the original's default where params.json is silent) instead of 10000."""
+    selector: SelectorConfig | None = None
+    """Lets few tokens of the caption through (with inputs.keep_tokens); none: the LLaMA reads all of it."""
     activation_checkpointing: bool = False
     """Work out each LLaMA block again in the backward pass instead of keeping its activations."""
 
@@ -86,6 +118,13 @@ class VamosConfig:
         for name in ("num_frames", "feature_dim") if self.use_video else ():
             if getattr(self, name) != getattr(inputs, name):
                 raise UserError(f"model.{name} is {getattr(self, name)}, but inputs.{name} is {getattr(inputs, name)}")
+        keep = None if self.selector is None else self.selector.keep
+        if keep != inputs.keep_tokens:
+            raise UserError(
+                f"model.selector keeps {'all' if keep is None else keep} tokens of a caption, but inputs.keep_tokens "
+                f"is {inputs.keep_tokens}: rows leave as many places as the selector fills, so both need one number ("
+                "or none: a recipe whose model.selector is none reads captions whole)"
+            )
         debugging = inputs.tokenizer is None and self.llama.path is None and inputs.vocab_size <= self.llama.vocab_size
         if inputs.vocab_size != self.llama.vocab_size and not debugging:
             raise UserError(
@@ -109,6 +148,7 @@ def decisive_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     what it leaves to its LLaMA filled in. Sizes that tensors' shapes tell are not among them."""
     llama = settings["llama"]
     layers = llama["layers"]
+    selector = settings.get("selector")  # runs from before there was one do not say
     prompted = settings["adapter_layer"] or layers
     return {
         "num_frames": settings["num_frames"] if settings["use_video"] else None,
@@ -117,6 +157,7 @@ def decisive_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         "adapter_layer": prompted,
         "skip_lower_blocks": settings["skip_lower_blocks"] and prompted < layers,
         "rope_theta": settings["rope_theta"] or llama["rope_theta"],
+        "selector.heads": selector and selector["heads"],
         "llama.norm_eps": llama["norm_eps"],
         "llama.kv_heads": llama["kv_heads"] or llama["heads"],
         "llama.vocab_size": llama["vocab_size"],
@@ -160,6 +201,9 @@ class Vamos(CausalSystem):
             self.visual_proj = _projector(config.projector, config.feature_dim, dim)
         if config.temporal_embedding:
             self.temporal_emb = nn.Embedding(config.num_frames, dim)
+        if config.selector is not None:
+            c = config.selector
+            self.selector = Selector(dim, c.width, c.layers, c.heads, c.temperature)
         bias = None if config.video_bias is None else -config.video_bias
         gates = [Gates(config.llama.heads, bias) for _ in range(config.llama.layers)]
         for unused in gates[:unprompted]:
@@ -187,6 +231,17 @@ class Vamos(CausalSystem):
                 f"model.feature_dim = {want[1]}: shards and recipe do not fit"
             )
         return self.visual_proj(features.to(self.adapter_query.weight.dtype))
+
+    def fill(self, text: Tensor, rows: TextRows, batch: Batch) -> Tensor:
+        """Put the caption tokens that the selector chooses into their places."""
+        if self.config.selector is None or batch.passages is None:
+            return super().fill(text, rows, batch)
+        picked, _ = self.choose(batch.passages)
+        return splice(text, picked[None], rows.pick_slots, rows.pick_sources)
+
+    def choose(self, passages: Passages) -> tuple[Tensor, Tensor]:
+        """The caption tokens that the LLaMA will read: embeddings (G, D), and places (G,) in `passages.tokens`."""
+        return self.selector(self.llm.get_input_embeddings()(passages.tokens), passages)
 
     def attention_arguments(self, names: Sequence[str], rows: Sequence[TextRows]) -> dict[str, Any]:
         """The prompts of all blocks; the bias acts in every view but `video_order`, as in the original."""
@@ -220,10 +275,14 @@ class Vamos(CausalSystem):
         return functional.cross_entropy(logits.flatten(0, 1).float(), order, reduction="sum")
 
     def reached(self, name: str, batch: Batch) -> bool:
-        """Text alone reaches neither projector nor temporal embedding; gate2 acts on what is learnt after a video."""
+        """Text alone reaches neither projector nor temporal embedding; gate2 acts on what is learnt after a video; a
+        selector learns where it has a choice."""
         learnt = {view: rows for view, rows in batch.views.items() if self.predictions_of(view, rows)}
         if name.startswith(("visual_proj.", "temporal_emb.")):
             return any(rows.slots.numel() for rows in learnt.values())
+        if name.startswith("selector."):
+            read = any(rows.pick_slots.numel() for rows in learnt.values())
+            return read and batch.passages is not None and bool((batch.passages.segments[:, 1:] >= 0).any())
         if name.endswith(".gate2"):
             return any(bool(rows.after_video.any()) for view, rows in learnt.items() if view != VIDEO_ORDER)
         return bool(learnt)
@@ -243,7 +302,12 @@ class Vamos(CausalSystem):
         per_row = 2.0 * c.llama.dim * 2 * c.llama.dim * c.llama.num_kv_heads / c.llama.heads
         projector = c.llama.dim * (c.feature_dim + (c.llama.dim if c.projector == "mlp" else 0))
         frames = 0 if batch.features is None else batch.features.shape[0] * batch.features.shape[1]
-        return prompts * per_row + 4.0 * tokens * prompts * c.llama.dim + 2.0 * frames * projector
+        selector = 0.0
+        if c.selector is not None and batch.passages is not None:
+            passages, width = batch.passages, c.selector.width
+            read = passages.segments.shape[0] * (passages.segments.shape[1] + passages.tasks.shape[1])
+            selector = 2.0 * len(passages.tokens) * c.llama.dim * width + 24.0 * read * c.selector.layers * width**2
+        return prompts * per_row + 4.0 * tokens * prompts * c.llama.dim + 2.0 * frames * projector + selector
 
 
 def _projector(kind: str, width: int, dim: int) -> nn.Module:

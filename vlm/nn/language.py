@@ -99,6 +99,29 @@ def _tree_mask(row: int, end: int, starts: Sequence[int], parents: Sequence[int]
     return mask
 
 
+class Wanted(NamedTuple):
+    """The places whose outputs a pass is for."""
+
+    places: Tensor  # (Z,) int64
+    mask: Tensor  # (Z, S) bool: what each of them sees
+
+
+def make_wanted(places: Tensor, lengths: Sequence[int], parents: Sequence[int]) -> Wanted:
+    """What places of rows see; rows as in `make_spans`.
+
+    Args:
+        places: (Z,) int64 among the rows' tokens, on the device that the mask is to be on.
+    """
+    where = places.device
+    related = torch.eye(len(lengths), dtype=torch.bool)
+    for row, parent in enumerate(parents):
+        if parent >= 0:
+            related[row] |= related[parent]
+    row_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(where, non_blocking=True)
+    mask = related.to(where, non_blocking=True)[row_of[places]][:, row_of]
+    return Wanted(places, mask & (torch.arange(len(row_of), device=where) <= places[:, None]))
+
+
 class Gates(nn.Module):
     """The gates of one block, (1, H, 1, 1) each, under their published names.
 
@@ -146,6 +169,7 @@ def causal_attention(
     scaling: float | None = None,
     spans: Sequence[Span] | None = None,
     prompts: Prompts | None = None,
+    wanted: Wanted | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """The attention function that is registered with transformers.
@@ -156,6 +180,7 @@ def causal_attention(
         attention_mask: (B, 1, S, K) bool or None; not looked at where `spans` is given.
         spans: how packed rows are attended; None: rows of a batch, by `attention_mask`.
         prompts: None: plain attention.
+        wanted: the queries are those of these places alone (S is Z); None: of all places.
     Returns:
         (B, S, H, E), and None for the weights.
     """
@@ -168,10 +193,15 @@ def causal_attention(
     if bias is not None and prompts is not None and prompts.after_video is not None:
         assert spans is not None, "the video bias is written for packed rows"
         assert prompts.in_video is not None
-        wide = _with_column(query, prompts.after_video.to(query.dtype)[:, None] * bias.to(query.dtype))
+        after = prompts.after_video if wanted is None else prompts.after_video[wanted.places]
+        wide = _with_column(query, after.to(query.dtype)[:, None] * bias.to(query.dtype))
         wide_key = _with_column(wide_key, prompts.in_video.to(query.dtype)[:, None].expand_as(wide_key[..., :1]))
         wide_value = functional.pad(wide_value, (0, _EXTRA))
-    if spans is None:
+    if wanted is not None:
+        out = functional.scaled_dot_product_attention(
+            wide, wide_key, wide_value, attn_mask=wanted.mask, dropout_p=dropout, scale=scale
+        )
+    elif spans is None:
         out = _attend_batch(wide, wide_key, wide_value, attention_mask, dropout, scale)
     else:
         out = _attend_spans(wide, wide_key, wide_value, spans, dropout, scale)

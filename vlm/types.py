@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, device
 
 
@@ -69,6 +70,7 @@ class Text(NamedTuple):
     shorten: bool = False  # free text (caption, dialogue): a row that is too long loses tokens from the end of it
     apart: bool = False  # begins a string of its own; a lone newline that stands apart is the newline token itself
     skip: int = 0  # of its tokens, so many at the beginning are not to be predicted after all
+    mark: bool = False  # `Tokens.marked` is to say where it stands; at most one text of a prompt
 
 
 class Video(NamedTuple):
@@ -89,6 +91,14 @@ class Tokens(NamedTuple):
     video: tuple[int, int]  # first place of the video and the one after its last; (0, 0): no video
     dropped: int = 0  # tokens that truncation took away
     excess: int = 0  # tokens beyond the limit that stayed, since nothing was left that may be shortened
+    marked: tuple[int, int] = (0, 0)  # first token of the marked text and the one after its last; (0, 0): there is none
+
+
+class Passage(NamedTuple):
+    """A text of which a selector lets few tokens through to the language model (the token bottleneck of Vamos)."""
+
+    ids: tuple[int, ...]  # (L,)
+    task: tuple[int, ...] = ()  # what they are chosen for: a question; (): by the text alone
 
 
 class Row(NamedTuple):
@@ -99,6 +109,8 @@ class Row(NamedTuple):
     video: tuple[int, int] = (0, 0)  # first of the places that the video takes and the one after the last
     sample: int = 0  # which video of the batch goes there
     parent: int = -1  # the row (counted in the list given to `pack`) that this one goes on from
+    picks: tuple[int, int] = (0, 0)  # first of the places that tokens chosen by a selector take, and the one after
+    first_pick: int = 0  # which of the batch's chosen tokens comes first there
 
 
 class Visit(NamedTuple):
@@ -143,7 +155,28 @@ class Example:
     features: Tensor | None = None  # (V, N, D) float32: features of frames of each cut of the video that is asked about
     rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)  # view name -> rows; Row.sample counts cuts
     options: tuple[tuple[Row, ...], ...] = ()  # test: for each question a row for each option
+    passages: tuple[Passage, ...] = ()  # what a selector is to choose from, in the order of its rows' `first_pick`
     counters: dict[str, int] = field(default_factory=dict)  # what had to be cut, by `COUNTERS`
+
+
+def _no_places() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)
+
+
+@dataclass(slots=True, kw_only=True)
+class Passages:
+    """The passages of a batch, cut into G segments of each of which one token is chosen. Built by vlm.data.passages.
+
+    T tokens of all passages and tasks; n of the longest segment, q of the longest task.
+    """
+
+    tokens: Tensor  # (T,) int64, end to end
+    segments: Tensor  # (G, n) int64: places in `tokens`; -1 after a segment's end
+    tasks: Tensor  # (G, q) int64: places in `tokens` of what each segment is chosen for; -1 after its end
+
+    def to(self, where: device | str) -> Passages:
+        """The same passages on a device."""
+        return Passages(**{f.name: getattr(self, f.name).to(where, non_blocking=True) for f in fields(self)})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,7 +186,8 @@ class TextRows:
     Rows form trees: a row whose parent is not -1 goes on where its parent ends (a question after its video, an option
     after its question), so what rows have in common is there once. Row r sees itself and its ancestors, nothing else.
     Trees stand depth first: a row, then all that hangs on it. S is the number of tokens of all rows, M of
-    those that the video fills, Z of those that must be predicted. Built by vlm.data.packing.
+    those that the video fills, R of those that a selector fills, Z of those that must be predicted. Built by
+    vlm.data.packing.
     """
 
     tokens: Tensor  # (S,) int64; any id where the video goes
@@ -167,6 +201,8 @@ class TextRows:
     parents: tuple[int, ...]  # for each row, the row that it goes on from, or -1
     target_counts: tuple[int, ...]  # for each row, how many of the Z predictions are of its tokens, in order
     leaves: tuple[tuple[int, ...], ...] = ()  # options alone: for each question, the row that ends each of its options
+    pick_slots: Tensor = field(default_factory=_no_places)  # (R,) int64: places that tokens chosen by a selector take
+    pick_sources: Tensor = field(default_factory=_no_places)  # (R,) int64: which chosen token of the batch takes each
 
     def to(self, where: device | str) -> TextRows:
         """The same rows on a device."""
@@ -187,6 +223,7 @@ class Batch:
     features: Tensor | None = None  # (B, N, D) float: features of frames, computed before; None: rows have no video
     views: dict[str, TextRows] = field(default_factory=dict)  # view name (= loss name) -> its rows
     options: TextRows | None = None  # rows that score the options of questions (evaluation)
+    passages: Passages | None = None  # what a selector chooses tokens from; None: rows hold whole texts
     incidents: tuple[Incident, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)  # what had to be cut, by `COUNTERS`
 
@@ -197,7 +234,7 @@ class Batch:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 moved[f.name] = value.to(where, non_blocking=True)
-            elif isinstance(value, TextRows):
+            elif isinstance(value, (TextRows, Passages)):
                 moved[f.name] = value.to(where)
         moved["views"] = {name: rows.to(where) for name, rows in self.views.items()}
         return replace(self, **moved)

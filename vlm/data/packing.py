@@ -33,6 +33,8 @@ def pack(rows: Sequence[Row], num_video_tokens: int, leaves: Sequence[tuple[int,
     positions: list[int] = []
     slots: list[int] = []
     sources: list[int] = []
+    pick_slots: list[int] = []
+    pick_sources: list[int] = []
     predictors: list[int] = []
     targets: list[int] = []
     after: list[bool] = []
@@ -54,6 +56,10 @@ def pack(rows: Sequence[Row], num_video_tokens: int, leaves: Sequence[tuple[int,
             assert first_slot > 0, "a row begins with its video, so no place predicts it"
             slots += range(start + first_slot, start + video_end)
             sources += range(row.sample * num_video_tokens, (row.sample + 1) * num_video_tokens)
+        first_pick, picks_end = row.picks
+        assert picks_end <= len(row.ids), f"chosen tokens end at {picks_end} of {len(row.ids)}"
+        pick_slots += range(start + first_pick, start + picks_end)
+        pick_sources += range(row.first_pick, row.first_pick + picks_end - first_pick)
         for place, label in enumerate(row.labels):
             if label != IGNORE:
                 assert place or row.parent >= 0, "the first token of a row cannot be predicted"
@@ -76,6 +82,8 @@ def pack(rows: Sequence[Row], num_video_tokens: int, leaves: Sequence[tuple[int,
         parents=tuple(row.parent for row in rows),
         target_counts=tuple(target_counts),
         leaves=tuple(leaves),
+        pick_slots=as_tensor(pick_slots, dtype=torch.int64),
+        pick_sources=as_tensor(pick_sources, dtype=torch.int64),
     )
 
 
@@ -140,16 +148,22 @@ def _add(tree: list[Row], row: Row, start: int, stop: int, parent: int) -> int:
     """Add the part [start, stop) of a row to a tree; an empty part adds nothing and its parent stands for it."""
     if start == stop:
         return parent
-    first, end = row.video
-    here = bool(end) and start <= first and end <= stop
-    video = (first - start, end - start) if here else (0, 0)
-    tree.append(Row(row.ids[start:stop], row.labels[start:stop], video, row.sample, parent))
+    video, picks = (_within(places, start, stop) for places in (row.video, row.picks))
+    cut = row._replace(ids=row.ids[start:stop], labels=row.labels[start:stop])
+    tree.append(cut._replace(video=video, picks=picks, parent=parent))
     return len(tree) - 1
 
 
+def _within(places: tuple[int, int], start: int, stop: int) -> tuple[int, int]:
+    """Places of a row counted in its part [start, stop); (0, 0) where they are not in it."""
+    first, end = places
+    return (first - start, end - start) if end and start <= first and end <= stop else (0, 0)
+
+
 def _common_length(rows: Sequence[Row], learnt: bool) -> int:
-    """Tokens that all rows begin with, labels and slots included; the last token of a row is never among them, and a
-    video is never cut nor parted from the token before it. One row alone shares nothing."""
+    """Tokens that all rows begin with, labels and slots included; the last token of a row is never among them, and
+    neither a video nor what a selector chose is ever cut nor parted from the token before. One row alone shares
+    nothing."""
     if len(rows) == 1:
         return 0
     head = rows[0]
@@ -159,9 +173,9 @@ def _common_length(rows: Sequence[Row], learnt: bool) -> int:
         length = next((i for i, (a, b, c, d) in enumerate(pairs) if (a, c) != (b, d)), length)
     if not learnt:
         length = next((i for i, label in enumerate(head.labels[:length]) if label != IGNORE), length)
-    same = len({(row.video, row.sample) for row in rows}) == 1
-    for first, end in {row.video for row in rows}:
-        # where a video begins after the cut, or all rows have the same one before the cut, nothing is in the way
-        if end and first <= length and (length < end or not same):
-            length = first - 1
+    for filled in ({(row.video, row.sample) for row in rows}, {(row.picks, row.first_pick) for row in rows}):
+        for (first, end), _ in filled:
+            # where a video begins after the cut, or all rows have the same one before the cut, nothing is in the way
+            if end and first <= length and (length < end or len(filled) > 1):
+                length = first - 1
     return max(length, 0)

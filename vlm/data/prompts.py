@@ -11,7 +11,7 @@ character. Labels therefore follow from the segments, whatever words stand in a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlm.data.tokenizers import Tokenizer
@@ -30,6 +30,7 @@ class _Piece:
     shorten: bool = False
     skip: int = 0
     video: bool = False
+    mark: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +86,22 @@ class PromptEncoder:
             if number < len(run) and _same(segment, run[number]):
                 continue  # no border that matters
             stop = len(ids) if number == len(run) else self.tokenizer.tokens_before(string, place)
-            pieces.append(_Piece(ids=ids[start:stop], learn=segment.learn, shorten=segment.shorten, skip=segment.skip))
+            pieces.append(
+                _Piece(
+                    ids=ids[start:stop],
+                    learn=segment.learn,
+                    shorten=segment.shorten,
+                    skip=segment.skip,
+                    mark=segment.mark,
+                )
+            )
             start = stop
         return pieces
 
 
 def _same(first: Text, second: Text) -> bool:
-    """Whether two texts are plain: neither to be predicted nor to be shortened."""
-    return not (first.learn or first.shorten or second.learn or second.shorten)
+    """Whether two texts are plain: neither to be predicted nor to be shortened nor marked."""
+    return not any(text.learn or text.shorten or text.mark for text in (first, second))
 
 
 def _runs(prompt: Prompt) -> Iterator[list[Text] | Video]:
@@ -118,7 +127,7 @@ def _shorten(pieces: list[_Piece], over: int) -> tuple[list[_Piece], int]:
         piece = pieces[place]
         keep = max(0, len(piece.ids) - (over - dropped))
         dropped += len(piece.ids) - keep
-        pieces[place] = _Piece(ids=piece.ids[:keep], shorten=True)
+        pieces[place] = replace(piece, ids=piece.ids[:keep])
     last = next((place for place, piece in enumerate(pieces) if piece.shorten and piece.learn), None)
     if dropped < over and last is not None:
         tail = sum(len(piece.ids) for piece in pieces[last:])
@@ -139,17 +148,19 @@ def _cut_tail(pieces: list[_Piece], length: int) -> list[_Piece]:
     for piece in pieces:
         ids = piece.ids[: max(0, length)]
         length -= len(piece.ids)
-        cut.append(_Piece(ids=ids, learn=piece.learn, shorten=piece.shorten, skip=piece.skip, video=piece.video))
+        cut.append(replace(piece, ids=ids))
     return cut
 
 
 def _join(pieces: list[_Piece], dropped: int, excess: int) -> Tokens:
     ids: list[int] = []
     labels: list[int] = []
-    video = (0, 0)
+    video = marked = (0, 0)
     for piece in pieces:
         if piece.video and piece.ids:
             video = (len(ids), len(ids) + len(piece.ids))
+        if piece.mark and piece.ids:
+            marked = (len(ids), len(ids) + len(piece.ids))
         ids += piece.ids
         labels += [IGNORE if not piece.learn or place < piece.skip else token for place, token in enumerate(piece.ids)]
-    return Tokens(tuple(ids), tuple(labels), video, dropped, excess)
+    return Tokens(tuple(ids), tuple(labels), video, dropped, excess, marked)

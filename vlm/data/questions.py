@@ -20,13 +20,14 @@ from torch import Tensor
 
 from vlm.data.features import cut_span, read_features, spread_frames
 from vlm.data.packing import pack, pack_trees, row_of, share_prefixes
+from vlm.data.passages import Picks, gather_passages, total_picks
 from vlm.data.prompts import PromptEncoder
 from vlm.data.rng import SampleRng
 from vlm.data.shards import ShardSet
 from vlm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from vlm.data.video import DecodeError
-from vlm.data.views import VIEWS, Item, caption, find_caption, items, random_suffix, without_lead
-from vlm.types import Ask, Batch, Example, Prompt, Record, Row, UserError, Visit
+from vlm.data.views import VIEWS, Item, caption, find_caption, items, random_suffix, task, without_lead
+from vlm.types import IGNORE, Ask, Batch, Example, Passage, Prompt, Record, Row, UserError, Visit
 
 BLIND = "blind"
 PROBES = (BLIND,)
@@ -57,6 +58,12 @@ class QuestionConfig:
     `alternate`, were trained so; it serves nothing else."""
     caption: str | None = None
     """Name of the caption file (without .json) whose text stands in the prompt; none: no caption there."""
+    keep_tokens: int | None = None
+    """Tokens that a selector (model.selector) leaves of the caption in the prompt: Vamos' token bottleneck. None: the
+    whole caption is read. `max_length` counts it whole in any case."""
+    select_for: Literal["question", "question_options", "caption"] = "question"
+    """What those tokens are chosen for. question: for each question, by its words (Vamos' figure); question_options: by
+    its options too; caption: once for all questions of a video, which then share the pass over them."""
     caption_target: str | None = None
     """Name of the caption file whose text the view `caption` teaches."""
     caption_part: Literal["whole", "suffix"] = "suffix"
@@ -81,6 +88,10 @@ class QuestionConfig:
         for name in ("max_length", "num_frames", "feature_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"inputs.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.keep_tokens is not None and self.keep_tokens < 1:
+            raise ValueError(f"inputs.keep_tokens is {self.keep_tokens}; it must be at least 1, or none for all")
+        if self.keep_tokens is not None and self.caption is None:
+            raise ValueError("inputs.keep_tokens: without inputs.caption there is no caption to choose tokens from")
         if self.caption_skip < 0:
             raise ValueError(f"inputs.caption_skip is {self.caption_skip}; it must be 0 or more")
         if self.alternate and not self.use_video:
@@ -116,20 +127,25 @@ class QuestionConfig:
         blind = not self.use_video or (self.alternate and visit.epoch % 2 == 0)
         features, cuts = self._features(record, asked)
         counters: dict[str, int] = {}
+        picks = None if self.keep_tokens is None else Picks(self.keep_tokens)
         rows = {
             view: tuple(
-                self._row(self._prompt(view, item, rng), view, cut, blind, counters) for item, cut in zip(asked, cuts)
+                self._picked(self._row(self._prompt(view, item, rng), view, cut, blind, counters), item, picks)
+                for item, cut in zip(asked, cuts)
             )
             for view in visit.views
         }
         key = record.key if visit.part is None else asked[0].id
-        return [Example(key=key, features=features, rows=rows, counters=counters)]
+        passages = () if picks is None else picks.passages
+        return [Example(key=key, features=features, rows=rows, passages=passages, counters=counters)]
 
     def collate(self, examples: Sequence[Example], rng: SampleRng) -> Batch:
         """A training batch: the rows of each view end to end."""
         views = {}
         for view in examples[0].rows:
-            several = [[_moved(row, first) for row in example.rows[view]] for example, first in _counted(examples)]
+            several = [
+                [_moved(row, *first) for row in example.rows[view]] for example, *first in self._counted(examples)
+            ]
             if self.share_questions:
                 trees = [share_prefixes(rows, learnt=False) for rows in several]
                 views[view] = pack_trees(trees, self.num_frames)
@@ -157,28 +173,31 @@ class QuestionConfig:
         features, cuts = self._features(record, asked)
         counters: dict[str, int] = {}
         answer = VIEWS["answer"]
+        picks = None if self.keep_tokens is None else Picks(self.keep_tokens)
         options = tuple(
             tuple(
-                self._row(answer(item, option), "answer", cut, not self.use_video, counters)
+                self._picked(self._row(answer(item, option), "answer", cut, not self.use_video, counters), item, picks)
                 for option in range(len(item.options))
             )
             for item, cut in zip(asked, cuts)
         )
-        example = Example(key=record.key, features=features, options=options, counters=counters)
+        passages = () if picks is None else picks.passages
+        example = Example(key=record.key, features=features, options=options, passages=passages, counters=counters)
         dark = None if features is None else torch.zeros_like(features)
         return {"": [example], **{probe: [replace(example, features=dark, counters={})] for probe in probes}}
 
     def test_batch(self, examples: Sequence[Example]) -> Batch:
         """A test batch: for each video a tree of what its questions and options share."""
         trees = [
-            share_prefixes([[_moved(row, first) for row in options] for options in example.options])
-            for example, first in _counted(examples)
+            share_prefixes([[_moved(row, *first) for row in options] for options in example.options])
+            for example, *first in self._counted(examples)
         ]
         return replace(self._batch(examples), options=pack_trees(trees, self.num_frames))
 
     def blank(self) -> Example:
         """An example that stands in where a process has nothing left to score."""
-        row = self._row(VIEWS["answer"](Item(question="?", options=("?",)), 0), "answer", 0, not self.use_video, {})
+        item = Item(question="?", options=("?",))
+        row, _ = self._row(VIEWS["answer"](item, 0), "answer", 0, not self.use_video, {})
         features = torch.zeros(1, self.num_frames, self.feature_dim) if self.use_video else None
         return Example(key="", features=features, options=((row,),))
 
@@ -246,18 +265,48 @@ class QuestionConfig:
             )
         return VIEWS[view](item, item.answer)
 
-    def _row(self, prompt: Prompt, view: str, cut: int, blind: bool, counters: dict[str, int]) -> Row:
+    def _row(
+        self, prompt: Prompt, view: str, cut: int, blind: bool, counters: dict[str, int]
+    ) -> tuple[Row, tuple[int, int]]:
+        """A row, and where in it the caption that it reads stands."""
         length = self.max_caption_length if view == "caption" and self.max_caption_length else self.max_length
         places = self.num_frames if self.blind_placeholders or not blind else 0
         tokens = _encoder(self.tokenizer, places, length, self.overflow).encode(prompt)
         counters["rows_shortened"] = counters.get("rows_shortened", 0) + bool(tokens.dropped)
         counters["tokens_dropped"] = counters.get("tokens_dropped", 0) + tokens.dropped
         counters["rows_too_long"] = counters.get("rows_too_long", 0) + bool(tokens.excess)
-        return row_of(tokens, cut, blind=blind)
+        return row_of(tokens, cut, blind=blind), tokens.marked
+
+    def _picked(self, row_and_caption: tuple[Row, tuple[int, int]], item: Item, picks: Picks | None) -> Row:
+        """The row with places for the chosen tokens where its caption stood; as it is if there is nothing to choose."""
+        row, (start, end) = row_and_caption
+        if picks is None or start == end:
+            return row
+        chosen_for: tuple[int, ...] = ()
+        if self.select_for != "caption":
+            words = task(item, options=self.select_for == "question_options")
+            chosen_for = tuple(_tokenizer(self.tokenizer).encode(words))
+        first, count = picks.add(Passage(row.ids[start:end], chosen_for))
+        assert row.video[1] <= start, "the video stands after the caption"
+        return row._replace(
+            ids=(*row.ids[:start], *[0] * count, *row.ids[end:]),
+            labels=(*row.labels[:start], *[IGNORE] * count, *row.labels[end:]),
+            picks=(start, start + count),
+            first_pick=first,
+        )
+
+    def _counted(self, examples: Sequence[Example]) -> Iterable[tuple[Example, int, int]]:
+        """Each example with the number of videos before it in the batch, and of chosen tokens."""
+        first = first_pick = 0
+        for example in examples:
+            yield example, first, first_pick
+            first += 0 if example.features is None else len(example.features)
+            first_pick += 0 if self.keep_tokens is None else total_picks(example.passages, self.keep_tokens)
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         features = [example.features for example in examples if example.features is not None]
         assert len(features) in (0, len(examples))
+        passages = [passage for example in examples for passage in example.passages]
         counters: dict[str, int] = {}
         for example in examples:
             for name, count in example.counters.items():
@@ -265,20 +314,13 @@ class QuestionConfig:
         return Batch(
             keys=tuple(example.key for example in examples),
             features=torch.cat(features) if features else None,
+            passages=None if self.keep_tokens is None else gather_passages(passages, self.keep_tokens),
             counters=counters,
         )
 
 
-def _counted(examples: Sequence[Example]) -> Iterable[tuple[Example, int]]:
-    """Each example with the number of videos before it in the batch."""
-    first = 0
-    for example in examples:
-        yield example, first
-        first += 0 if example.features is None else len(example.features)
-
-
-def _moved(row: Row, first: int) -> Row:
-    return row._replace(sample=row.sample + first)
+def _moved(row: Row, first: int, first_pick: int) -> Row:
+    return row._replace(sample=row.sample + first, first_pick=row.first_pick + first_pick if row.picks[1] else 0)
 
 
 @lru_cache(maxsize=4)

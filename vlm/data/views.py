@@ -67,7 +67,9 @@ def answer(item: Item, choice: int) -> Prompt:
     """Video (and caption, dialogue) and question -> option `choice`, the letter in brackets."""
     task = "dialogue, video and question" if item.dialogue else "video and question"
     ask = Text(f"{_question(item)}\n{_options(item)}{_ANSWER}", apart=not item.context)
-    caption = (Text("Video: ", apart=True), Text(item.context, shorten=True), Text("\n")) if item.context else ()
+    caption = (
+        (Text("Video: ", apart=True), Text(item.context, shorten=True, mark=True), Text("\n")) if item.context else ()
+    )
     return (
         Text(f"Instruction: Predict the answer based on the {task}.\nVideo:"),
         Video(),
@@ -117,6 +119,11 @@ def caption(item: Item, choice: int = 0, *, skip: int = 0) -> Prompt:
 
 View = Callable[[Item, int], Prompt]
 VIEWS: Mapping[str, View] = {"answer": answer, "question": question, "video_order": video_order, "caption": caption}
+
+
+def task(item: Item, *, options: bool) -> str:
+    """What a selector chooses caption tokens for: the question as the prompt words it, and its options if wanted."""
+    return f"{_question(item)}\n{_options(item)}" if options else _question(item)
 
 
 # Their texts ------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def _in_order(model: Model) -> dict[str, Tensor]:
     order = model.source.get("order", [])
     if set(order) != set(model.tensors):
         order = list(expected_shapes(sizes_of(model.tensors, model.kind), model.kind))
-    return {name: model.tensors[name] for name in order}
+    return {name: model.tensors[name] for name in [*order, *(n for n in model.tensors if n not in order)]}
 
 
 # ------------------------------------------------------------------------------------------ with its LLaMA

@@ -301,6 +301,8 @@ def _refuse_other_llama(
             f"{subject}: was trained on LLaMA 1 or 2 ({where} does not have 'llama3' in it, by which the original "
             f"chose the tokenizer), but {named} is {describe_llama(config.llama)}. {mend}, or --trained-on llama3."
         )
+    if of_recipe and model.frozen_hash and trained is None:
+        return []  # by hash alone
     if trained is not None or wants is None:
         return [] if trained is not None else [f"which LLaMA it was trained on is not compared: {where}"]
     told = "LLaMA 1 or 2" if path is not None else "LLaMA 1, 2 or 3"

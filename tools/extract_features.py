@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from vlm.data.feature_files import FeatureFiles, beside, write_published
-from vlm.distributed import World, join, leave
+from vlm.distributed import World, from_main, join, leave
 from vlm.models import frame_encoders, glimpse
-from vlm.run.extract import Listing, Work, extract, from_main, list_videos, sample_frames
+from vlm.run.extract import Listing, Work, extract, list_videos, sample_frames
 from vlm.run.progress import ProgressLine
 from vlm.sources.common_loading import available_sources, load_source
 from vlm.types import UserError

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vlm.types import UserError
+
+ValueT = TypeVar("ValueT")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -157,6 +160,20 @@ def share_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_main(world: World, make: Callable[[], ValueT]) -> ValueT:
+    """What rank 0 makes, on every rank. So too its UserError: all raise together, and none waits for the others."""
+    outcome: ValueT | UserError | None = None
+    if world.is_main:
+        try:
+            outcome = make()
+        except UserError as error:
+            outcome = error
+    outcome = share_object(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome  # type: ignore[return-value]
 
 
 def barrier() -> None:

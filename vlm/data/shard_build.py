@@ -23,13 +23,12 @@ from vlm.data.shard_format import (
     UNFINISHED,
     UNKNOWN,
     encode_key,
-    replace_file,
     shard_name,
-    sync_folder,
     text_length,
     to_json,
 )
 from vlm.data.video import DecodeError, check_decoders, container_extension, inspect
+from vlm.files import replace_file, sync
 from vlm.types import UserError
 from vlm.weights import Loader, open_tensors
 
@@ -122,7 +121,7 @@ def build_shard(
             warnings += [{**name, "warning": warning} for warning in warned]
         digest = shard.finish()
         temporary.replace(out / shard_name(number))
-        sync_folder(out)
+        sync(out)
     finally:
         shard.abandon()
         temporary.unlink(missing_ok=True)

@@ -13,10 +13,8 @@ A shard set is a folder:
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -101,23 +99,3 @@ def to_json(value: Any, **options: Any) -> bytes:
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, **options)
     return text.encode("utf-8", "backslashreplace")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: temporary name, fsync, rename."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)

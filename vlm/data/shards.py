@@ -30,6 +30,7 @@ from vlm.data.shard_format import ShardError
 from vlm.data.shard_plan import Plan, make_plan, refuse_other_plan
 from vlm.data.shard_pool import build_shards
 from vlm.data.shard_set import ShardSet
+from vlm.files import replace_file, sync
 from vlm.types import Rejected, Sample, UserError
 
 __all__ = ["DEFAULT_SHARD_SIZE", "Progress", "ShardError", "ShardSet", "Written", "write_shards"]
@@ -98,7 +99,7 @@ def write_shards(
                 plan = make_plan(items, full, file=file, **cutting)
             _refuse_empty(plan, plan.planned, plan.rejected)
             head = {"arguments": plan.arguments, "listed": plan.listed, "plan": plan.digest}
-            layout.replace_file(head_file, layout.to_json(head))
+            replace_file(head_file, layout.to_json(head))
         _build_missing(out, plan, plan_file, check, workers, progress)
         manifest = _finish(out, plan)
     _remove_work(out)
@@ -211,7 +212,7 @@ def _finish(out: Path, plan: Plan) -> dict[str, Any]:
         "plan": plan.digest,
         "made_with": {name: _version(name) for name in ("av", "decord", "webdataset")},
     }
-    layout.replace_file(out / layout.MANIFEST, layout.to_json(manifest, indent=1) + b"\n")
+    replace_file(out / layout.MANIFEST, layout.to_json(manifest, indent=1) + b"\n")
     return manifest
 
 
@@ -236,7 +237,7 @@ def _write_index(out: Path, records: int, shards: int, dtype: np.dtype, members:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
     temporary.replace(out / layout.INDEX)
-    layout.sync_folder(out)
+    sync(out)
     return {"name": layout.INDEX, "bytes": (out / layout.INDEX).stat().st_size, "sha256": digest}
 
 

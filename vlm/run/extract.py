@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from vlm.data.feature_files import FeatureFiles
 from vlm.data.frame_pool import End, Frames, Prepare, read_frames
-from vlm.distributed import World, gather_objects, share_object
+from vlm.distributed import World, from_main, gather_objects
 from vlm.types import Rejected, Sample, UserError
 
 VIDEOS_A_PART = 256
 
-ValueT = TypeVar("ValueT")
 Progress = Callable[[int, int, int], None]  # videos done, of how many, frames done: of this process
 
 
@@ -46,20 +45,6 @@ class Work:
     batch_size: int  # frames
     workers: int  # decoding processes; 0: none
     save_every: float  # seconds between parts
-
-
-def from_main(world: World, make: Callable[[], ValueT]) -> ValueT:
-    """What the first process makes, in every process; so too its UserError."""
-    outcome: ValueT | UserError | None = None
-    if world.is_main:
-        try:
-            outcome = make()
-        except UserError as error:
-            outcome = error
-    outcome = share_object(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome  # type: ignore[return-value]
 
 
 def list_videos(items: Iterable[Sample | Rejected]) -> Listing:

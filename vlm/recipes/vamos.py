@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 
 from vlm.models.llama_base import llama
-from vlm.models.vamos import vamos
+from vlm.models.vamos import SelectorConfig, vamos
 from vlm.recipe import EvalConfig, Recipe, TrainData
 from vlm.recipes import llama_vqa
 
@@ -31,6 +31,18 @@ def nextqa_vis() -> Recipe:
 def nextqa_cap() -> Recipe:
     """NExT-QA from captions of LLaVA-1.5 13B."""
     return _captioned(nextqa_vis(), "llava_v15_13b_n6", 1200, epochs=10, run="nextqa_cap")
+
+
+def nextqa_bottleneck() -> Recipe:
+    """NExT-QA from 40 tokens of those captions, chosen for each question (the paper's token bottleneck; no code of it
+    was released, docs/parity.md)."""
+    recipe = nextqa_cap()
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, selector=SelectorConfig(keep=40)),
+        inputs=dataclasses.replace(recipe.inputs, keep_tokens=40),
+        run_dir=Path("runs/vamos/nextqa_bottleneck"),
+    )
 
 
 def nextqa_vis_cap() -> Recipe:

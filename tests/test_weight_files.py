@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,31 @@ def test_damaged_files(tmp_path: Path, form: str, kind: str, says: str) -> None:
         torch.save({"model": WEIGHTS}, path, _use_new_zipfile_serialization=form == "zip.pth")
     damaged(path, kind)
     with pytest.raises(UserError, match=rf"(?s){form}: .*{says}"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_bare_pickle_is_called_by_its_name(tmp_path: Path, protocol: int) -> None:
+    path, marker = tmp_path / "x.pth", tmp_path / "ran"
+    for content in ({"a": [1, 2]}, [1, 2], {"a": Payload(marker)}, np.zeros(3), {"w": WEIGHTS}):
+        path.write_bytes(pickle.dumps(content, protocol))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserError, match=r"x\.pth: a bare pickle, not a torch file.*safetensors"):
+                read_state_dict(path)
+    assert not marker.exists()
+
+
+def test_reason_is_the_librarys_and_ends_with_its_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"model": WEIGHTS}, path, _use_new_zipfile_serialization=False, pickle_protocol=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match=r"\(UnpicklingError: Unsupported operand 149\)"):
+            read_state_dict(path)
+    torch.save({"model": WEIGHTS}, path)
+    damaged(path, "half")
+    with pytest.raises(UserError, match=r"zip archive: failed finding central directory\)\. Mend"):
         read_state_dict(path)
 
 

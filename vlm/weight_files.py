@@ -12,6 +12,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ _ALLOWED: list[Any] = [
     np.dtype,
     *(type(np.dtype(code)) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")),
 ]
+
+
+_TORCH_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # in the first pickle of every file of torch before 1.6
+# the first bytes of a pickle: of protocol 2 and later; of a dictionary, list or class in the earlier ones
+_BARE_PICKLE = re.compile(rb"\x80[\x02-\x05]|\(?[dl]p\d+\n|[}\]]q\x00|c[\w.]+\n")
 
 
 class Checkpoint(NamedTuple):
@@ -102,17 +108,24 @@ def _load_torch(path: Path) -> Any:
     is_zip = head.startswith(b"PK\x03\x04")
     if is_zip:
         _refuse_unknown_classes(path)
+    elif _BARE_PICKLE.match(head) and _TORCH_MAGIC not in head[:64]:
+        raise UserError(
+            f"{path}: a bare pickle, not a torch file. Opening it could run code from it, so it is not opened. Mend: "
+            "get the weights as safetensors; or, where you trust the author, unpickle it in a sandbox and save its "
+            "tensors with torch.save."
+        )
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of, it also raises
             # the format before torch 1.6 is no zip and cannot be memory-mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         refused = re.findall(r"(?:GLOBAL |got <class '|function <?)([\w.]+)", str(error))
         if refused:
             raise _refusal(path, refused[:1]) from None
-        raise UserError(f"{path}: not a torch checkpoint, or a damaged one ({_last_line(error)}). {_AGAIN}") from error
+        raise UserError(f"{path}: not a torch checkpoint, or a damaged one ({_reason(error)}). {_AGAIN}") from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path}: truncated or damaged ({_last_line(error)}). {_AGAIN}") from error
+        raise UserError(f"{path}: truncated or damaged ({_reason(error)}). {_AGAIN}") from error
 
 
 def _refuse_unknown_classes(path: Path) -> None:
@@ -121,7 +134,7 @@ def _refuse_unknown_classes(path: Path) -> None:
         with torch.serialization.safe_globals(_ALLOWED):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception as error:
-        raise UserError(f"{path}: truncated or damaged ({_last_line(error)}). {_AGAIN}") from error
+        raise UserError(f"{path}: truncated or damaged ({_reason(error)}). {_AGAIN}") from error
     if unknown:
         raise _refusal(path, sorted(unknown))
 
@@ -134,9 +147,14 @@ def _refusal(path: Path, classes: Sequence[str]) -> UserError:
     )
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {(lines[-1] if lines else 'no detail')[:160]}"
+def _reason(error: BaseException) -> str:
+    """What a library says of a file: the sentence of its unpickler, or the first of its last line."""
+    text = str(error).strip() or "no detail"
+    found = re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
+    line = found[1] if found else text.splitlines()[-1]
+    sentence = re.split(r"(?<=[.!?]) ", line)[0].rstrip(".")
+    shortened = sentence if len(sentence) <= 160 else sentence[:160].rpartition(" ")[0] + " …"
+    return f"{type(error).__name__}: {shortened}"
 
 
 def _check_file(path: Path) -> bytes:
@@ -215,7 +233,7 @@ def _open_safetensors(path: Path) -> dict[str, Loader]:
         handle = manager.__enter__()  # stays open as long as a loader lives; closed when the last one goes
         return {name: _FromSafetensors(handle, name) for name in handle.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path}: truncated or not safetensors ({_last_line(error)}). {_AGAIN}") from error
+        raise UserError(f"{path}: truncated or not safetensors ({_reason(error)}). {_AGAIN}") from error
 
 
 def _open_folder(folder: Path) -> dict[str, Loader]:
@@ -241,7 +259,7 @@ def _open_index(index: Path) -> dict[str, Loader]:
         weight_map = json.loads(index.read_text())["weight_map"]
         files = dict.fromkeys(str(name) for name in weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of weight files ({_last_line(error)}). {_AGAIN}") from error
+        raise UserError(f"{index}: not an index of weight files ({_reason(error)}). {_AGAIN}") from error
     tensors: dict[str, Loader] = {}
     for name in files:
         if Path(name).name != name:

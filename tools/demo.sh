@@ -15,9 +15,13 @@ if [[ " $available" != *" $system "* ]]; then
     exit 2
 fi
 
-# Corpus and shards follow from these files alone, so they are made again when one of them changes. Both programs
-# continue what was interrupted.
-made_from=$(cat vlm/sources/*shapes.py tools/make_shards.py vlm/data/shard*.py vlm/data/video.py | cksum)
+# Corpus and shards follow from these numbers and files alone, so they are made again when one of them changes. Both
+# programs continue what was interrupted.
+corpus=(--train 3200 --test 192 --sequences 80) sharding=(--shard-samples 400)
+made_from=$({
+    echo "${corpus[@]}" "${sharding[@]}"
+    cat vlm/sources/*shapes.py tools/render_shapes.py tools/make_shards.py vlm/data/shard*.py vlm/data/video.py
+} | cksum)
 if [ -f "$data/.made_from" ] && [ "$(cat "$data/.made_from")" != "$made_from" ]; then
     echo "make demo: the programs that made $data have changed; removing it and making it again"
     rm -rf "$data"
@@ -26,10 +30,10 @@ mkdir -p "$data"
 echo "$made_from" >"$data/.made_from"
 if [ ! -f "$data/shards/train/manifest.json" ] || [ ! -f "$data/shards/test/manifest.json" ]; then
     echo "make demo: rendering the moving-shapes corpus and making shards of it in $data"
-    $python tools/render_shapes.py --out "$data/corpus" --train 3200 --test 192 --sequences 80
+    $python tools/render_shapes.py --out "$data/corpus" "${corpus[@]}"
     for split in train test; do
         $python tools/make_shards.py shapes --root "$data/corpus" --split $split --out "$data/shards/$split" \
-            --shard-samples 400 --workers 2
+            "${sharding[@]}" --workers 2
     done
 fi
 

@@ -158,7 +158,7 @@ for _name, _about in (("videomae", "VideoMAE's .pth, pretrained or fine-tuned"),
     FORMATS[_name] = Format(_about, partial(read_pth, _name), partial(write_pth, _name), False, True)
 for _name, _about in (("vamos", "Vamos"), ("flipped", "Flipped-VQA (LLaMA-VQA)"), ("vico", "ViCo")):
     FORMATS[_name] = Format(
-        f"{_about}'s .pth of trained tensors",
+        f"{_about}: .pth of trained tensors",
         partial(gated_files.read, _name),
         partial(write_gated, _name),
         False,

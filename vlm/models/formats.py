@@ -137,7 +137,7 @@ def read_hf(path: Path, key: str | None) -> Model:
     config = json.loads(config_path.read_text())
     if config.get("model_type") not in ("videomae", "vit_llama"):
         raise UserError(
-            f"{config_path}: model_type is {config.get('model_type')!r}; read here: 'videomae', 'vit_llama'."
+            f"{config_path}: model_type is {config.get('model_type')!r}; read here: 'videomae', 'vit_llama', 'llama'."
         )
     state = read_state_dict(path)
     kind = kind_of(state)

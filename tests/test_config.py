@@ -34,6 +34,7 @@ class Outer:
     path: Path = Path("a")
     views: dict[str, float] = field(default_factory=lambda: {"label": 1.0})
     window: tuple[int, int] = (1, 2)
+    kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def test_overrides_reach_every_kind_of_field():
@@ -65,6 +66,13 @@ def test_overrides_reach_every_kind_of_field():
         ("window=1,2,3", ["2 values"]),
         ("inner.kind=max", ["mean, cls"]),
         ("lr.x=1", ["lr.x"]),
+        ("lr=nan", ["lr=nan", "finite"]),
+        ("inner.rates=0.1,inf", ["inner.rates=inf", "finite"]),
+        ("inner=none", ["inner=none", "group", "inner.depth"]),
+        ("views=1", ["views=1", "group", "views.label"]),
+        ("views=none", ["group", "views.label"]),
+        ("kinds=1", ["group", "empty"]),
+        ("kinds.x=1", ["kinds.x", "it has none"]),
     ],
 )
 def test_mistakes_are_refused_with_the_mend(assignment, parts):
@@ -102,8 +110,15 @@ def test_fields_that_must_fit_each_other_are_checked_together():
     assert (
         override(Pair(), ["width=4", "heads=2"]) == override(Pair(), ["heads=2", "width=4"]) == Pair(width=4, heads=2)
     )
-    with pytest.raises(UserError, match="width=4: width=4 is not a multiple of heads=3"):
+    with pytest.raises(UserError, match=r"^width=4 is not a multiple of heads=3"):  # not twice: it names the field
         override(Pair(), ["width=4"])
+
+
+def test_entries_of_a_dict_are_parsed_by_its_annotation():
+    config = Outer(kinds={"C": ("CH",)}, views={"label": 1})
+    assert override(config, ["kinds.C=CH,CW"]).kinds == {"C": ("CH", "CW")}
+    assert override(config, ["views.label=0.5"]).views == {"label": 0.5}
+    assert override(config, ["off=none"]).off is None
 
 
 def test_the_last_of_two_values_counts_and_a_group_is_no_value():

@@ -1,14 +1,18 @@
 """Every shipped recipe loads, builds, prints and agrees with what was published."""
 
+import dataclasses
+import importlib
+import inspect
 import json
 import math
+import re
 
 import pytest
 import torch
 
 from vlm.config import describe, to_dict
 from vlm.data.questions import QuestionConfig
-from vlm.recipe import load, names
+from vlm.recipe import OptimConfig, TrainData, check_files, check_inputs, families, load, names
 from vlm.run.train import schedule_of, steps_of
 from vlm.types import UserError
 
@@ -125,7 +129,103 @@ def test_steps_decide_over_epochs_only_where_they_are_given():
     assert steps_of(load("vit_llama.ssv2_s", ["epochs=2"]), 24) == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "optim.lr=0", "optim.lr=nan", "optim.eps=0", "optim.min_lr=-1", "optim.betas=2,3", "optim.betas=0.9,1",
+        "optim.warmup_steps=-3", "optim.warmup_epochs=-1", "optim.weight_decay=-1", "optim.max_grad_norm=-1",
+        "optim.layer_decay=0", "data.workers=-1", "data.quarantine_share=7", "data.substitutes=-1", "epochs=nan",
+        "epochs=inf", "epochs=0", "epochs=-1", "steps=0", "checkpoint_every=-1", "checkpoint_keep=0", "log_every=0",
+        "global_batch_size=0", "audit_steps=-1", "views.label=0", "views.label=nan", "views.label=-1",
+        "eval.batch_size=0", "eval.workers=-1", "eval.every=-1", "eval.metric=foo", "eval.metric=accuracy",
+    ],
+)  # fmt: skip
+def test_settings_outside_of_their_range_are_refused(change):
+    with pytest.raises(UserError) as caught:
+        load("vit_llama.demo", [change])
+    path, _, value = change.partition("=")
+    message = str(caught.value)
+    path = path.removesuffix(".label")
+    assert path in message
+    assert value.split(",")[0].removesuffix(".0") in message
+    assert "must be" in message or "finite" in message
+    assert message.count(path) == 1, "the path is said once"
+
+
+def test_ranges_hold_for_recipes_in_code_too():
+    for kind, change in (
+        (OptimConfig, {"lr": math.nan}),
+        (OptimConfig, {"lr": 1.0, "max_grad_norm": math.nan}),
+        (TrainData, {"shards": "x", "quarantine_share": math.nan}),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            kind(**change)
+    recipe = load("vit_llama.demo")
+    for views in ({}, {"label": math.inf}, {"label": math.nan}, {"label": 0.0, "other": 0.0}):
+        with pytest.raises(ValueError, match="views"):
+            dataclasses.replace(recipe, views=views)
+    assert dataclasses.replace(recipe, views={"label": 1.0, "other": 0.0}).views["other"] == 0
+
+
+def test_metrics_that_questions_can_have():
+    for metric in ("accuracy", "accuracy_CW"):
+        assert load("vamos.debug", [f"eval.metric={metric}"]).eval.metric == metric
+    with pytest.raises(UserError, match=r"eval\.metric is top1; it must be accuracy or accuracy_KIND"):
+        load("vamos.debug", ["eval.metric=top1"])
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_has_inputs_that_fit_its_model(name):
+    check_inputs(load(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "part"),
+    [
+        ("vit_llama.demo", "inputs.num_frames=4", "model.num_frames is 8, but inputs.num_frames is 4"),
+        ("vit_llama.demo", "inputs.size=16", "model.image_size is 32, but inputs.size is 16"),
+        ("vit_llama.demo", "model.num_classes=9", "model.num_classes is 9, but inputs.num_classes is 8"),
+        ("vit_llama.demo", "model.label_smoothing=0.1", "model.label_smoothing is 0.1"),
+        ("vit_llama.demo", "eval.probes=blind", "no probe 'blind'"),
+        ("video_mae.debug", "inputs.num_frames=4", "model.num_frames is 8, but inputs.num_frames is 4"),
+        ("video_mae.debug", "model.patch_size=16", "model.patch_size is 16, but inputs.patch_size is 8"),
+        ("video_mae.debug", "inputs.tubelet_size=4", "model.tubelet_size is 2, but inputs.tubelet_size is 4"),
+        ("video_mae.debug", "inputs.mean=0,0,0", "model.mean"),
+        ("video_mae.debug", "inputs.std=1,1,1", "model.std"),
+        ("vamos.debug", "eval.probes=one_frame", "no probe 'one_frame'"),
+    ],
+)
+def test_numbers_of_model_and_inputs_must_agree(name, change, part):
+    with pytest.raises(UserError, match=re.escape(part)):
+        check_inputs(load(name, [change]))
+
+
+def test_inputs_of_another_kind_are_refused():
+    clips, masked = load("vit_llama.debug"), load("video_mae.debug")
+    for recipe, inputs in ((clips, masked.inputs), (masked, clips.inputs)):
+        with pytest.raises(UserError, match=type(inputs).__name__):
+            check_inputs(dataclasses.replace(recipe, inputs=inputs))
+
+
+def test_the_list_of_recipes_is_what_their_modules_define():
+    for module, functions in families().items():
+        loaded = importlib.import_module(f"vlm.recipes.{module}")
+        own = {n for n, f in inspect.getmembers(loaded, inspect.isfunction) if f.__module__ == loaded.__name__}
+        assert functions == sorted(name for name in own if not name.startswith("_"))
+        assert "debug" in functions
+
+
+def test_missing_files_are_named_by_their_field():
+    with pytest.raises(UserError, match=r"model\.init_from=pretrained/videomae/ssv2_vit_s_2400\.pth"):
+        check_files(load("vit_llama.ssv2_s"))
+    with pytest.raises(UserError, match=r"model\.llama\.path=pretrained/llama/7B"):
+        check_files(load("vit_llama.ssv2_s_llama", ["model.init_from=none"]))
+    check_files(load("vit_llama.demo"))
+
+
 def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(UserError, match=r"vamos has vamos\.debug, .*vamos\.nextqa_cap"):
+        load("vamos")
     with pytest.raises(UserError, match=r"vit_llama\.ssv2_s_llama"):
         load("vit_llama.ssv2_s_lama")
     with pytest.raises(UserError, match="demo"):

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlm.types import UserError
+from vlm.errors import UserError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -45,12 +46,13 @@ def override(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
         if isinstance(node.get(name), dict):
             raise UserError(f"{assignment}: {name!r} is given a value and fields of its own in one command")
         node[name] = text
-    return _apply(config, tree, "")
+    return _apply(config, type(config), tree, "")
 
 
-def _apply(node: Any, changes: dict[str, Any], where: str) -> Any:
-    """`node` with all changes made at once, so that fields that must fit each other are checked together."""
-    values = {name: _changed(node, name, change, where) for name, change in changes.items()}
+def _apply(node: Any, kind: Any, changes: dict[str, Any], where: str) -> Any:
+    """`node`, annotated as `kind`, with all changes made at once, so that fields that must fit each other are checked
+    together."""
+    values = {name: _changed(node, kind, name, change, where) for name, change in changes.items()}
     if isinstance(node, dict):
         return {**node, **values}
     try:
@@ -58,35 +60,41 @@ def _apply(node: Any, changes: dict[str, Any], where: str) -> Any:
     except UserError:
         raise
     except ValueError as error:
-        given = " ".join(f"{where}{name}={text}" for name, text in changes.items() if isinstance(text, str))
-        raise UserError(f"{given}: {error}") from error
+        given = {f"{where}{name}": text for name, text in changes.items() if isinstance(text, str)}
+        if not given or any(path in str(error) for path in given):
+            raise UserError(str(error)) from error
+        raise UserError(f"{' '.join(f'{path}={text}' for path, text in given.items())}: {error}") from error
 
 
-def _changed(node: Any, name: str, change: Any, where: str) -> Any:
+def _changed(node: Any, kind: Any, name: str, change: Any, where: str) -> Any:
     """The new value of one field: parsed text, or a group with its own changes applied."""
     path, owner = f"{where}{name}", where.rstrip(".") or "the recipe"
     if isinstance(node, dict):
         if name not in node:
             raise UserError(f"{path}: {owner} has no entry {name!r}{_nearest(name, list(node))}")
-        return (
-            parse(change, type(node[name]), path) if isinstance(change, str) else _apply(node[name], change, f"{path}.")
-        )
+        inner_kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else type(node[name])
+        if isinstance(change, dict):
+            return _apply(node[name], inner_kind, change, f"{path}.")
+        return parse(change, inner_kind, path)
     if not dataclasses.is_dataclass(node):
         raise UserError(f"{path}: {owner} is {node!r}, which has no field {name!r}")
     names = [f.name for f in dataclasses.fields(node)]
     if name not in names:
         raise UserError(f"{path}: {owner} has no field {name!r}{_nearest(name, names)}")
-    current = getattr(node, name)
+    current, hint = getattr(node, name), _hints(type(node))[name]
     if isinstance(change, dict):
         if current is None:
             raise UserError(
                 f"{path}.{next(iter(change))}: {path} is off (None) in this recipe, so it has no fields to set"
             )
-        return _apply(current, change, f"{path}.")
-    if dataclasses.is_dataclass(current) and change.lower() not in ("none", "null"):
-        inner = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(current)[:4])
-        raise UserError(f"{path}: is a group of settings; set one of its fields, for example {inner}")
-    return parse(change, _hints(type(node))[name], path)
+        return _apply(current, hint, change, f"{path}.")
+    off = change.lower() in ("none", "null") and type(None) in typing.get_args(hint)
+    if not off and (dataclasses.is_dataclass(current) or isinstance(current, dict)):
+        inner = current if isinstance(current, dict) else [f.name for f in dataclasses.fields(current)]
+        examples = ", ".join(f"{path}.{name}" for name in list(inner)[:4])
+        mend = f"set one of its fields, for example {examples}" if examples else "it is empty in this recipe"
+        raise UserError(f"{path}={change}: {path} is a group of settings; {mend}")
+    return parse(change, hint, path)
 
 
 def parse(text: str, kind: Any, path: str) -> Any:
@@ -125,9 +133,12 @@ def parse(text: str, kind: Any, path: str) -> Any:
         raise UserError(f"{path}={text}: expected true or false")
     if kind in (int, float):
         try:
-            return kind(text.replace("_", ""))
+            number = kind(text.replace("_", ""))
         except ValueError:
             raise UserError(f"{path}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
+        if not math.isfinite(number):
+            raise UserError(f"{path}={text}: expected a finite number")
+        return number
     if kind is str:
         return text
     if kind is Path:
@@ -200,4 +211,4 @@ def _field_documents(cls: type) -> dict[str, str]:
 
 def _nearest(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(names))}"
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(names)) or 'none'}"

@@ -1,23 +1,30 @@
 """A recipe: everything that decides the science of one run. Hardware settings live in `ds_configs/*.json`.
 
 `load("vit_llama.demo", ["steps=100"])` imports `vlm.recipes.vit_llama` and calls its function `demo` (the one dynamic
-import of the project), then applies the overrides.
+import of the project), then applies the overrides. What recipes there are is read from their source, so that a list of
+them, or a wrong name, costs no import.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import difflib
 import importlib
-import inspect
-import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vlm.config import override
-from vlm.models.system import System
-from vlm.types import UserError
+from vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from vlm.models.system import System
+
+# What decides the best checkpoint, by the task of a recipe's inputs: the metrics that every evaluation has.
+METRICS = {"classes": ("top1", "top5"), "choice": ("accuracy",)}
 
 
 class ModelConfig(Protocol):
@@ -50,10 +57,15 @@ class OptimConfig:
     """Clip gradients to this global L2 norm; 0: off."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr is {self.lr}; it must be above 0")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay is {self.layer_decay}; it must be in (0, 1]")
+        for name in ("lr", "eps"):
+            _require(0 < getattr(self, name) < inf, f"optim.{name}", getattr(self, name), "a finite number above 0")
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "max_grad_norm"):
+            _require(0 <= getattr(self, name) < inf, f"optim.{name}", getattr(self, name), "a finite number from 0")
+        if self.warmup_steps is not None:
+            _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more, or none")
+        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(good, "optim.betas", self.betas, "two numbers from 0 to below 1")
+        _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "above 0 and at most 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,6 +80,11 @@ class TrainData:
     """The run stops when more than this share of the records has turned out to be unusable."""
     substitutes: int = 16
     """How many substitutes to try, one after the other, for an unusable record."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "substitutes"):
+            _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "0 or more")
+        _require(0 <= self.quarantine_share <= 1, "data.quarantine_share", self.quarantine_share, "from 0 to 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,7 +108,12 @@ class EvalConfig:
     every: int = 0
     """Also evaluate (without probes) every so many steps, to know the best checkpoint; 0: never."""
     metric: str = "top1"
-    """Which metric decides the best checkpoint (larger is better)."""
+    """Which metric decides the best checkpoint (larger is better): top1 or top5 (clips); accuracy or accuracy_KIND
+    (questions)."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("batch_size", 1), ("every", 0)):
+            _require(getattr(self, name) >= least, f"eval.{name}", getattr(self, name), f"{least} or more")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,21 +156,62 @@ class Recipe:
         if self.steps is None and self.epochs is None:
             raise ValueError("a recipe needs steps or epochs")
         for name in ("global_batch_size", "log_every", "checkpoint_keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.audit_steps < 0:
-            raise ValueError(f"audit_steps is {self.audit_steps}; it must be 0 (no audit) or more")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("checkpoint_every", "audit_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 (never) or more")
+        if self.steps is not None:
+            _require(self.steps >= 1, "steps", self.steps, "1 or more")
+        if self.epochs is not None:
+            _require(0 < self.epochs < inf, "epochs", self.epochs, "a finite number above 0")
+        for name, weight in self.views.items():
+            _require(0 <= weight < inf, f"views.{name}", weight, "a finite number from 0")
+        _require(any(self.views.values()), "views", self.views, "at least one weight above 0, or nothing is learnt")
+        if self.eval is not None:
+            _check_metric(self.eval.metric, getattr(self.inputs, "task", None))
         self.run_dir = Path(self.run_dir)
+
+
+def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
+    """ValueError with name, value and what is allowed. Comparisons with nan do not hold, so nan is refused by them."""
+    if not holds:
+        raise ValueError(f"{name} is {value}; it must be {allowed}")
+
+
+def _check_metric(metric: str, task: str | None) -> None:
+    of_kind = task == "choice" and metric.startswith("accuracy_")  # which kinds there are, the shards know
+    if task in METRICS and metric not in METRICS[task] and not of_kind:
+        allowed = " or ".join((*METRICS[task], "accuracy_KIND") if task == "choice" else METRICS[task])
+        raise ValueError(f"eval.metric is {metric}; it must be {allowed}")
+
+
+def families() -> dict[str, list[str]]:
+    """Every shipped recipe: module of vlm.recipes -> its public functions."""
+    (folder,) = importlib.import_module("vlm.recipes").__path__
+    files = sorted(Path(folder).glob("[!_]*.py"))
+    return {file.stem: sorted(_public_functions(file)) for file in files}
+
+
+def _public_functions(file: Path) -> Iterator[str]:
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node.name
 
 
 def names() -> list[str]:
     """Every shipped recipe, as `module.function`."""
-    found = []
-    for module in _modules():
-        found += [f"{module}.{name}" for name in _recipes_of(importlib.import_module(f"vlm.recipes.{module}"))]
-    return sorted(found)
+    return sorted(f"{module}.{name}" for module, functions in families().items() for name in functions)
+
+
+def check_name(name: str) -> None:
+    """UserError with the nearest names where there is no recipe called `name`."""
+    known = names()
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(known)}"
+    if name in families():
+        hint = f"{name} has {', '.join(one for one in known if one.startswith(f'{name}.'))}"
+    raise UserError(f"there is no recipe {name!r}; {hint}")
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -157,35 +220,56 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: no such recipe (with the nearest names), or a wrong override.
     """
-    module_name, _, function_name = name.partition(".")
-    if module_name in _modules() and function_name:
-        functions = _recipes_of(importlib.import_module(f"vlm.recipes.{module_name}"))
-        if function_name in functions:
-            recipe = override(functions[function_name](), list(overrides))
-            if recipe.steps is not None and any(o.startswith("epochs=") for o in overrides):
-                raise UserError(f"epochs is given, but {name} runs for steps={recipe.steps}: add steps=none")
-            return recipe
-    close = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
-    raise UserError(f"there is no recipe {name!r}; did you mean {', '.join(close)}?")
+    check_name(name)
+    module, _, function = name.partition(".")
+    recipe = override(getattr(importlib.import_module(f"vlm.recipes.{module}"), function)(), list(overrides))
+    if recipe.steps is not None and any(o.startswith("epochs=") for o in overrides):
+        raise UserError(f"epochs is given, but {name} runs for steps={recipe.steps}: add steps=none")
+    return recipe
 
 
 def check_inputs(recipe: Recipe) -> None:
-    """Refuse inputs that do not fit the model (UserError), before anything is loaded."""
+    """Refuse inputs that do not fit the model, and probes that they do not have (UserError), before anything is
+    loaded."""
     check = getattr(recipe.model, "check_inputs", None)
     if check is not None:
         check(recipe.inputs)
+    known = getattr(recipe.inputs, "probes", ())
+    for probe in recipe.eval.probes if recipe.eval is not None else ():
+        if probe not in known:
+            close = difflib.get_close_matches(probe, known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"these inputs have {', '.join(known) or 'none'}"
+            raise UserError(f"eval.probes: there is no probe {probe!r}; {hint}")
 
 
-def _modules() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(importlib.import_module("vlm.recipes").__path__)]
+def check_files(recipe: Recipe) -> None:
+    """Refuse weights and tokenizers that are not there (UserError), before processes are joined and models built."""
+    for group in ("model", "inputs"):
+        for path, value in _paths(getattr(recipe, group), group):
+            if not value.exists():
+                raise UserError(f"{path}={value}: there is no such file or folder")
 
 
-def _recipes_of(module: Any) -> dict[str, Callable[[], Recipe]]:
-    return {
-        name: function
-        for name, function in inspect.getmembers(module, inspect.isfunction)
-        if function.__module__ == module.__name__ and not name.startswith("_")
-    }
+def _paths(config: Any, where: str) -> Iterator[tuple[str, Path]]:
+    """Every path that a config names, with the name of its field."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, Path):
+            yield f"{where}.{f.name}", value
+        elif dataclasses.is_dataclass(value):
+            yield from _paths(value, f"{where}.{f.name}")
 
 
-__all__ = ["EvalConfig", "ModelConfig", "OptimConfig", "Recipe", "TrainData", "check_inputs", "load", "names"]
+__all__ = [
+    "EvalConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Recipe",
+    "TrainData",
+    "check_files",
+    "check_inputs",
+    "check_name",
+    "families",
+    "load",
+    "names",
+]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, device
 
+from vlm.errors import UserError as UserError  # every floor takes it from here
+
 
 class StoredArray(NamedTuple):
     """A tensor inside a published file (.pth, .safetensors): it becomes an `.npy` member when its shard is built."""
@@ -266,7 +268,3 @@ class Prediction:
     video: str = ""  # of a question: the record that it is about
     question: str = ""
     options: list[str] = field(default_factory=list)
-
-
-class UserError(ValueError):
-    """An error a user can cause and mend. Its message names the file, the value, why it matters and the mend."""

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -149,6 +149,7 @@ class ClipConfig:
             )
 
     task = "classes"
+    probes: ClassVar[tuple[str, ...]] = PROBES
 
     def parts(self, shards: ShardSet) -> None:
         """A record is one sample."""
@@ -327,6 +328,7 @@ class MaskedClipConfig:
             )
 
     task = "classes"
+    probes: ClassVar[tuple[str, ...]] = ()
 
     def parts(self, shards: ShardSet) -> None:
         """A record is one sample."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -156,6 +156,7 @@ class QuestionConfig:
     # ------------------------------------------------------------------------------------------ what tests call
 
     task = "choice"
+    probes: ClassVar[tuple[str, ...]] = PROBES
 
     def asks(self, record: Record) -> tuple[Ask, ...]:
         """The record's questions."""

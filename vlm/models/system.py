@@ -116,6 +116,14 @@ class System(nn.Module):
         return tensor.ndim <= 1 or name.endswith(".bias")
 
 
+def check_same(model: Any, inputs: Any, **fields: str) -> None:
+    """UserError where a field of a model's config differs from the field of its inputs that `fields` names for it."""
+    for ours, theirs in fields.items():
+        stated, fed = getattr(model, ours), getattr(inputs, theirs)
+        if stated != fed:
+            raise UserError(f"model.{ours} is {stated}, but inputs.{theirs} is {fed}: both must be the same")
+
+
 def as_clips(batch: Batch) -> Tensor:
     """The clips of a batch that must have some, (B, C, T, H, W)."""
     assert batch.video is not None, "a batch without video reached a system that sees only video"

@@ -125,6 +125,8 @@ class VamosConfig:
                 f"is {inputs.keep_tokens}: rows leave as many places as the selector fills, so both need one number ("
                 "or none: a recipe whose model.selector is none reads captions whole)"
             )
+        if inputs.tokenizer is not None and not inputs.tokenizer.exists():
+            return  # said by vlm.recipe.check_files, or by whoever reads it
         debugging = inputs.tokenizer is None and self.llama.path is None and inputs.vocab_size <= self.llama.vocab_size
         if inputs.vocab_size != self.llama.vocab_size and not debugging:
             raise UserError(

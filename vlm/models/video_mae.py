@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlm.models.system import Cost, System, as_clips
+from vlm.data.clips import MaskedClipConfig
+from vlm.models.system import Cost, System, as_clips, check_same
 from vlm.nn.vision import PatchEmbed, block_flops, init_xavier, make_blocks, run_blocks, sinusoid_table
 from vlm.types import Batch, Losses, LossTerm, UserError
 
@@ -85,6 +86,21 @@ class VideoMAEConfig:
     def cube_values(self) -> int:
         """Values of a cube: frames * height * width * colours."""
         return self.tubelet_size * self.patch_size**2 * 3
+
+    def check_inputs(self, inputs: MaskedClipConfig) -> None:
+        """UserError where a number that model and inputs both state differs."""
+        if not isinstance(inputs, MaskedClipConfig):
+            raise UserError(f"inputs: VideoMAE trains on masked clips (MaskedClipConfig), not {type(inputs).__name__}")
+        check_same(
+            self,
+            inputs,
+            num_frames="num_frames",
+            image_size="size",
+            patch_size="patch_size",
+            tubelet_size="tubelet_size",
+            mean="mean",
+            std="std",
+        )
 
     def build(self) -> VideoMAE:
         """The model with fresh weights."""

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlm.models.system import Cost, System, as_clips
+from vlm.data.clips import ClipConfig
+from vlm.models.system import Cost, System, as_clips, check_same
 from vlm.nn.llama_block import FrozenLlama, norm_tensor, select_layers
 from vlm.nn.vision import PatchEmbed, block_flops, init_truncated_normal, make_blocks, run_blocks, sinusoid_table
 from vlm.types import Batch, Losses, LossTerm, UserError
@@ -164,6 +165,14 @@ class ViTLlamaConfig:
     def num_tokens(self) -> int:
         """N, tokens of a clip."""
         return self.num_frames // self.tubelet_size * (self.image_size // self.patch_size) ** 2
+
+    def check_inputs(self, inputs: ClipConfig) -> None:
+        """UserError where a number that model and inputs both state differs."""
+        if not isinstance(inputs, ClipConfig):
+            raise UserError(f"inputs: ViT-LLaMA classifies labelled clips (ClipConfig), not {type(inputs).__name__}")
+        check_same(self, inputs, num_frames="num_frames", image_size="size", num_classes="num_classes")
+        if not (inputs.mixup or inputs.cutmix or inputs.label_smoothing):  # then no batch has soft labels
+            check_same(self, inputs, label_smoothing="label_smoothing")
 
     def build(self) -> ViTLlama:
         """The model with fresh weights, its frozen layers loaded, `init_from` read where given."""

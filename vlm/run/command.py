@@ -1,134 +1,271 @@
-"""The command lines of launch/train.py and launch/evaluate.py: what is wrong with them is told in one line."""
+"""The command lines of launch/train.py and launch/evaluate.py: what is wrong with them is told in one line, at once.
+
+Only what a step needs is imported, so that a wrong name or file is told before torch, the models and DeepSpeed load.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
 import json
 import os
 import sys
+import time
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vlm.config import describe, to_dict
-from vlm.recipe import Recipe, load, names
-from vlm.types import UserError
+from vlm.errors import UserError
+from vlm.recipe import Recipe, check_files, check_inputs, check_name, families, load, names
 
-_TRAIN_EXAMPLES = """\
+_TRAIN_PAGE = """\
+key=value changes a field of the recipe: steps=N seed=N run_dir=DIR optim.lr=X
+The same command again continues the run from its last checkpoint.
+
 examples:
-  deepspeed --num_gpus 2 launch/train.py --deepspeed_config ds_configs/cpu.json --recipe vit_llama.demo
-  deepspeed launch/train.py --deepspeed_config ds_configs/zero2.json --recipe vit_llama.ssv2_s_llama \\
-      data.shards=data/ssv2/train eval.shards=data/ssv2/val model.llama.path=pretrained/llama/7B
-  python launch/train.py --deepspeed_config ds_configs/cpu.json --recipe vit_llama.demo steps=20 run_dir=runs/try
+  deepspeed --num_gpus 2 launch/train.py --recipe vit_llama.demo \\
+      --deepspeed_config ds_configs/cpu.json steps=20 run_dir=runs/try
+  deepspeed launch/train.py --deepspeed_config ds_configs/zero2.json \\
+      --recipe vit_llama.ssv2_s_llama model.llama.path=pretrained/llama/7B
+"""
+_EVALUATE_PAGE = """\
+key=value changes a field of the recipe: eval.shards=DIR run_dir=DIR
 
-key=value changes any field of the recipe (steps=N seed=N run_dir=DIR checkpoint_every=N optim.lr=1e-4 …).
-The same command again continues the run from its last checkpoint."""
+examples:
+  python launch/evaluate.py --recipe vit_llama.demo \\
+      --checkpoint runs/demo/vit_llama run_dir=runs/demo/again
+  deepspeed --num_gpus 2 launch/evaluate.py --recipe vit_llama.ssv2_s \\
+      --checkpoint DIR run_dir=DIR2
+"""
+# Variables of deepspeed and torchrun, srun, and mpirun: rank, number of processes.
+_PLACES = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+# How long a process waits with an error: the launcher ends it before, where the first process had the same error.
+GRACE_SECONDS = 5.0
 
 
-def _parser(what: str, examples: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=what, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+Job = Callable[[argparse.Namespace, ExitStack], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help shows examples)")
+
+
+def _parser(script: str, what: str, page: str) -> _Parser:
+    parser = _Parser(
+        usage=f"deepspeed [--num_gpus N] launch/{script} OPTIONS [key=value …]",
+        description=what,
+        epilog=page,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
+        add_help=False,
+        allow_abbrev=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="this page")
     parser.add_argument("--help-all", action="store_true", help="every field of the chosen recipe")
     parser.add_argument("--recipe", metavar="NAME", help="for example vit_llama.demo")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="hardware settings, see ds_configs/")
-    parser.add_argument("--dry-run", action="store_true", help="print the recipe and the DeepSpeed dict, then stop")
+    parser.add_argument("--dry-run", action="store_true", help="print all settings as JSON, then stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
     return parser
 
 
 def train_main(arguments: list[str] | None = None) -> int:
     """launch/train.py. Returns the exit status."""
-    parser = _parser("Train a recipe with DeepSpeed.", _TRAIN_EXAMPLES)
-    return _guarded(_train, parser, arguments)
+    return _guarded(_train, _parser("train.py", "Train a recipe with DeepSpeed.", _TRAIN_PAGE), arguments)
 
 
 def evaluate_main(arguments: list[str] | None = None) -> int:
     """launch/evaluate.py. Returns the exit status."""
-    parser = _parser(
-        "Evaluate a checkpoint of a recipe; writes predictions.jsonl, metrics.json and report.html.",
-        "examples:\n"
-        "  python launch/evaluate.py --recipe vit_llama.demo --checkpoint runs/demo/vit_llama run_dir=runs/demo/again\n"
-        "  deepspeed --num_gpus 2 launch/evaluate.py --recipe vit_llama.ssv2_s --checkpoint DIR run_dir=DIR2",
-    )
+    what = "Evaluate a checkpoint; writes predictions.jsonl, metrics.json, report.html."
+    parser = _parser("evaluate.py", what, _EVALUATE_PAGE)
     parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="a checkpoint, or a run folder (its latest)")
-    parser.add_argument(
-        "--untrained", action="store_true", help="the weights that training would begin with, instead of a checkpoint"
-    )
+    parser.add_argument("--untrained", action="store_true", help="the weights that training would begin with, instead")
     return _guarded(_evaluate, parser, arguments)
 
 
-def _guarded(job: Any, parser: argparse.ArgumentParser, arguments: list[str] | None) -> int:
+def _guarded(job: Job, parser: _Parser, arguments: list[str] | None) -> int:
     """Run `job`; what a user can mend is printed as one message, without a traceback."""
-    from vlm.distributed import leave
-
     _quiet_warnings()
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        if options.help or not options.recipe:
-            parser.print_help()
-            print(f"\nrecipes: {', '.join(names())}")
-            return 0 if options.help else 2
-        recipe = load(options.recipe, options.overrides)
-        if options.help_all:
-            _print_fields(options.recipe, recipe)
-            return 0
-        job(recipe, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except FloatingPointError as error:
-        print(f"stopped: {error}", file=sys.stderr, flush=True)
-        return 3
-    finally:
-        leave()
+    with ExitStack() as at_exit:
+        try:
+            options = _parse(parser, arguments)
+            if options.help or options.help_all or not options.recipe:
+                return _help(parser, options)
+            check_name(options.recipe)
+            job(options, at_exit)
+        except UserError as error:
+            _tell(f"error: {error}")
+            return 2
+        except FloatingPointError as error:  # every process names its own samples
+            sys.stderr.write(f"stopped: {error}\n")
+            return 3
+        except OSError as error:
+            if error.filename is None or error.strerror is None:
+                raise  # no file of the user's: a connection, a queue
+            _tell(f"error: {error.filename}: {error.strerror}")
+            return 2
     return 0
 
 
+def _help(parser: _Parser, options: argparse.Namespace) -> int:
+    """The page of --help or --help-all, from one process. Returns the exit status."""
+    if options.help_all and not options.help:
+        if not options.recipe:
+            raise UserError(
+                f"--help-all lists the fields of one recipe: add --recipe NAME, one of {', '.join(names())}"
+            )
+        check_name(options.recipe)
+        page = _fields(options.recipe, load(options.recipe, options.overrides))
+    else:
+        page = f"{parser.format_help()}\n{_recipes_in_short()}"
+    if place()[0] == 0:
+        print(page)
+    return 0 if options.help or options.help_all else 2
+
+
+def _parse(parser: _Parser, arguments: list[str] | None) -> argparse.Namespace:
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        raise UserError(_unknown_option(unknown[0], parser))
+    return options
+
+
+def _unknown_option(argument: str, parser: _Parser) -> str:
+    name, _, value = argument.partition("=")
+    known = [text for action in parser._actions for text in action.option_strings if action.help != argparse.SUPPRESS]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    field = f"{name.lstrip('-')}={value or 'VALUE'}"
+    return f"{argument}: there is no such option{hint}; fields of the recipe are given without dashes: {field}"
+
+
+def _recipes_in_short() -> str:
+    """Modules of recipes with the number of each, and how to see more."""
+    known = families()
+    counts = ", ".join(f"{module} ({len(functions)})" for module, functions in known.items())
+    return f"recipes: {counts}\n(--recipe {next(iter(known))} names those of one; --help-all names all)"
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of processes) as the launcher's variables tell, before any group is joined."""
+    for rank, size in _PLACES:
+        if os.environ.get(rank, "").isdecimal() and (rank != "SLURM_PROCID" or "SLURM_STEP_ID" in os.environ):
+            return int(os.environ[rank]), int(os.environ.get(size) or 1)
+    return 0, int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _tell(message: str) -> None:
+    """Print an error once for all processes that have it: rank 0 at once; another only if it is still there after a
+    while, for then rank 0 did not stop. One write, so that lines of several processes do not mix."""
+    rank, _ = place()
+    if rank:
+        time.sleep(GRACE_SECONDS)
+        message = f"rank {rank}: {message}"
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
 def _quiet_warnings() -> None:
-    """One process tells, not all; and what a user cannot mend (libraries among themselves) is not told at all."""
-    if os.environ.get("RANK", "0") != "0":
+    """One process tells, not all; what a user cannot mend (libraries among themselves) is not told at all; and ours are
+    plain sentences."""
+    if place()[0]:
         warnings.simplefilter("ignore")
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
+    package = str(Path(__file__).resolve().parents[1])
+    as_usual = warnings.formatwarning
+
+    def plain(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        if filename.startswith(package):
+            return f"warning: {message}\n"
+        return as_usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
 
 
-def _print_fields(name: str, recipe: Recipe) -> None:
-    print(f"{name}: every field, its value here and what it means\n")
+def _fields(name: str, recipe: Recipe) -> str:
+    lines = [f"{name}: every field, its value here and what it means\n"]
     for path, kind, value, document in describe(recipe):
-        print(f"  {path} = {value!s}  ({kind})" + (f"\n      {document}" if document else ""))
+        lines.append(f"  {path} = {value!s}  ({kind})" + (f"\n      {document}" if document else ""))
+    return "\n".join(lines)
 
 
-def _train(recipe: Recipe, options: argparse.Namespace) -> None:
-    from vlm.run.engine import derive, read_hardware
+def _train(options: argparse.Namespace, at_exit: ExitStack) -> None:
+    from vlm.run.hardware import check_sections, read_json
 
     if not options.deepspeed_config:
         raise UserError("--deepspeed_config FILE is missing; on a laptop: --deepspeed_config ds_configs/cpu.json")
-    hardware = read_hardware(options.deepspeed_config)
+    hardware = read_json(options.deepspeed_config)
+    recipe = load(options.recipe, options.overrides)
+    check_inputs(recipe)
+    check_sections(hardware, options.deepspeed_config)
     if options.dry_run:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if int(os.environ.get("RANK", "0")) == 0:
-            derived = derive(hardware, recipe, world_size)
-            plan = {"recipe": options.recipe, "config": to_dict(recipe), "world_size": world_size, "deepspeed": derived}
-            print(json.dumps(plan, indent=2))
+        from vlm.run.engine import derive
+
+        _print_plan(options, recipe, deepspeed=derive(hardware, recipe, place()[1]))
         return
-    from vlm.distributed import join
+    check_files(recipe)
+    _check_shards("data.shards", recipe.data.shards)
+    if recipe.eval is not None and (recipe.eval.at_start or recipe.eval.at_end or recipe.eval.every):
+        _check_shards("eval.shards", recipe.eval.shards)
+    from vlm.distributed import join, leave
     from vlm.run.train import train
 
+    at_exit.callback(leave)
     train(recipe, options.recipe, options.overrides, hardware, join())
 
 
-def _evaluate(recipe: Recipe, options: argparse.Namespace) -> None:
-    from vlm.run.engine import read_hardware
+def _evaluate(options: argparse.Namespace, at_exit: ExitStack) -> None:
+    from vlm.run.hardware import check_sections, read_json
 
     if (options.checkpoint is None) != options.untrained:
         raise UserError(
             "give either --checkpoint DIR (a checkpoint folder, or a run folder, whose latest is taken) or --untrained"
         )
-    hardware = read_hardware(options.deepspeed_config) if options.deepspeed_config else {}
-    from vlm.distributed import join
+    hardware = read_json(options.deepspeed_config) if options.deepspeed_config else {}
+    recipe = load(options.recipe, options.overrides)
+    if recipe.eval is None:
+        raise UserError(f"{options.recipe} has no test (eval is none); evaluate a recipe that fine-tunes from it")
+    check_inputs(recipe)
+    check_sections(hardware, options.deepspeed_config)
+    if options.dry_run:
+        checkpoint = None if options.untrained else str(options.checkpoint)
+        _print_plan(options, recipe, checkpoint=checkpoint, deepspeed=hardware)
+        return
+    if options.checkpoint is not None and not options.checkpoint.exists():
+        raise UserError(f"--checkpoint {options.checkpoint}: there is no such file or folder")
+    check_files(recipe)
+    _check_shards("eval.shards", recipe.eval.shards)
+    from vlm.distributed import join, leave
     from vlm.run.standalone import evaluate_checkpoint
 
+    at_exit.callback(leave)
     evaluate_checkpoint(recipe, options.recipe, options.overrides, hardware, options.checkpoint, join())
+
+
+def _check_shards(name: str, path: str) -> None:
+    """Open the index of a shard set, for the error that it may give."""
+    from vlm.data.shards import ShardSet
+
+    try:
+        ShardSet(path)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _print_plan(options: argparse.Namespace, recipe: Recipe, **more: Any) -> None:
+    rank, size = place()
+    if rank == 0:
+        print(json.dumps({"recipe": options.recipe, "config": to_dict(recipe), "world_size": size, **more}, indent=2))

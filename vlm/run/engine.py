@@ -1,15 +1,12 @@
 """The DeepSpeed engine: one place where recipe and DeepSpeed JSON meet, and where one optimizer step is made.
 
-The recipe owns the science, the JSON owns the hardware; what both need is derived here, once. A key that the recipe
-owns is refused in the JSON with the owner's name; so are unknown keys (DeepSpeed ignores them in silence) and "auto".
+The recipe owns the science, the JSON owns the hardware (`vlm.run.hardware` reads and checks it); what both need is
+derived here, once.
 """
 
 from __future__ import annotations
 
-import difflib
 import fcntl
-import json
-import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,74 +22,6 @@ from vlm.recipe import OptimConfig, Recipe
 from vlm.run import zero_state
 from vlm.run.optim import parameter_groups
 from vlm.types import COUNTERS, UserError
-
-# JSON keys that the recipe owns -> where the value stands instead.
-OWNED_BY_RECIPE = {
-    "train_batch_size": "global_batch_size",
-    "gradient_accumulation_steps": "global_batch_size (derived from it, the micro-batch and the number of processes)",
-    "gradient_clipping": "optim.max_grad_norm",
-    "optimizer": "optim",
-    "scheduler": "optim",
-    "wandb": "wandb",
-    "activation_checkpointing": "model.activation_checkpointing",
-    "steps_per_print": "log_every",
-}
-HARDWARE_KEYS = (
-    "train_micro_batch_size_per_gpu",
-    "zero_optimization",
-    "bf16",
-    "communication_data_type",
-    "data_types",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "flops_profiler",
-    "comms_logger",
-    "csv_monitor",
-    "tensorboard",
-    "aio",
-    "log_level",
-)
-
-
-def read_hardware(path: str | Path) -> dict[str, Any]:
-    """The DeepSpeed JSON at `path`, checked.
-
-    Raises:
-        UserError: no such file, not JSON, an unknown key, a key that the recipe owns, or "auto" anywhere.
-    """
-    path = Path(path)
-    try:
-        hardware = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); ds_configs/ holds working examples") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from error
-    if not isinstance(hardware, dict):
-        raise UserError(f"{path}: holds {type(hardware).__name__}, expected one JSON object")
-    for key in hardware:
-        if key in OWNED_BY_RECIPE:
-            raise UserError(f"{path}: {key!r} belongs to the recipe ({OWNED_BY_RECIPE[key]}); remove it from the JSON")
-        if key == "fp16":
-            raise UserError(f"{path}: 'fp16' is not supported (no loss scale is kept in checkpoints); use bf16 or fp32")
-        if key not in HARDWARE_KEYS:
-            close = difflib.get_close_matches(key, [*HARDWARE_KEYS, *OWNED_BY_RECIPE], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(HARDWARE_KEYS)}"
-            raise UserError(f"{path}: unknown key {key!r}, which DeepSpeed would ignore in silence{hint}")
-    _refuse_auto(hardware, str(path))
-    micro = hardware.get("train_micro_batch_size_per_gpu")
-    if not isinstance(micro, int) or micro < 1:
-        raise UserError(f"{path}: train_micro_batch_size_per_gpu is {micro!r}; it must be a whole number above 0")
-    return hardware
-
-
-def _refuse_auto(value: Any, path: str) -> None:
-    if value == "auto":
-        raise UserError(f'{path}: is "auto", which only another trainer fills in; write the value or remove the key')
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_auto(item, f"{path}: {key}")
 
 
 def derive(hardware: dict[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
@@ -120,8 +49,8 @@ def zero_stage(hardware: dict[str, Any]) -> int:
 
 def offloads_optimizer(hardware: dict[str, Any]) -> bool:
     """Whether optimizer states live in host memory (DeepSpeed then needs its own CPU Adam)."""
-    device = hardware.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return device == "cpu"
+    section = hardware.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return section.get("device", "none") == "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +202,7 @@ def _quiet_build(config: dict[str, Any]) -> Any:
 
         if not any(folder.glob("*.so")):
             print("building DeepSpeed's CPU Adam (once for this machine, one to two minutes) …", flush=True)
+        # DS_SKIP_CUDA_CHECK is not needed: this build has no CUDA code, so nothing compares the toolkit's version.
         CPUAdamBuilder().load(verbose=False)
         fcntl.flock(lock, fcntl.LOCK_UN)
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     yield

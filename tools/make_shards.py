@@ -54,6 +54,10 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def _elsewhere(count: int) -> str:
+    return f", {count} of the records from outside --root" if count else ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     progress = ProgressLine()
@@ -71,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check=not options.no_check,
             shard_size=options.shard_size,
             shard_samples=options.shard_samples,
+            root=options.root,
             workers=options.workers,
             progress=progress,
         )
@@ -91,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{'already complete, nothing written: ' if written.already_complete else ''}{counts['records']} records"
         f"{'' if hours is None else f' ({hours:.2f} h)'} in {len(written.manifest['shards'])} shards, "
         f"{written.manifest['bytes'] / 2**20:.1f} MiB; {counts['rejected']} of {counts['listed']} items rejected, "
-        f"{counts['warnings']} warnings: see {written.path}"
+        f"{counts['warnings']} warnings{_elsewhere(counts.get('outside_root', 0))}: see {written.path}"
     )
     return 0
 

@@ -1,11 +1,14 @@
 """What each rank loads is arithmetic; broken records are replaced the same way whoever loads them."""
 
 import itertools
+import os
+import shutil
+import signal
 
 import pytest
 import torch
 
-from vlm.data.loader import TrainLoader, plan_step
+from vlm.data.loader import TrainLoader, eval_loader, plan_step
 from vlm.data.order import batch_digest
 from vlm.data.shards import ShardSet
 from vlm.data.video import DecodeError
@@ -120,3 +123,72 @@ def test_logged_digest_is_of_the_planned_keys(shards):
     )  # fmt: skip
     keys, _, _ = load(shards, 1, 0, Fussy())[1]
     assert batch_digest(loader.keys_of_step(1)) == batch_digest(keys)
+
+
+class Refusing(Fussy):
+    """A pipeline that a user has set up wrongly."""
+
+    task = "classes"
+
+    def train(self, record, rng, visit):
+        raise UserError("set it otherwise")
+
+    def asks(self, record):
+        return ()
+
+    def all_views(self, record, rng, probes):
+        if probes:
+            raise UserError("no such probe")
+        return {"": []}
+
+
+class Deadly(Fussy):
+    """A pipeline that ends its process at one record, as the kernel does when memory runs out."""
+
+    def train(self, record, rng, visit):
+        if record.key in self.broken:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().train(record, rng, visit)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_users_come_as_they_are_from_any_process(shards, workers):
+    with pytest.raises(UserError) as caught:
+        load(shards, 1, workers, Refusing())
+    assert str(caught.value) == "set it otherwise"
+    with pytest.raises(UserError) as caught:
+        next(eval_loader(shards, Refusing(), ["one_frme"], 3, range(8), workers))
+    assert str(caught.value) == "no such probe"
+    items = list(eval_loader(shards, Refusing(), [], 3, range(2, 6), workers))
+    assert [item.key for item in items] == [shards.key(row) for row in range(2, 6)]
+
+
+def test_a_process_that_is_killed_is_told_with_the_likely_reason(shards):
+    with pytest.raises(UserError, match=r"ended by itself \(SIGKILL\): most likely memory.*data\.workers=1") as caught:
+        load(shards, 1, 1, Deadly({shards.key(row) for row in range(0, len(shards), 2)}))
+    assert "DataLoader" not in str(caught.value)
+
+
+def test_a_shard_that_vanishes_is_named_at_once(shape_shards, tmp_path):
+    copy = shutil.copytree(shape_shards / "train", tmp_path / "copy")
+    shards = ShardSet(copy)
+    (copy / "shard-000000.tar").rename(tmp_path / "elsewhere.tar")
+    with pytest.raises(UserError, match=r"copy/shard-000000\.tar is gone: it was there.*storage") as caught:
+        load(shards, 1, 0, Fussy())
+    assert "records in a row" not in str(caught.value)
+    with pytest.raises(UserError, match=r"shard-000000\.tar is gone"):
+        next(eval_loader(shards, Refusing(), [], 3, range(8), 0))
+
+
+def test_a_row_that_cannot_be_true_is_an_incident_like_any_other(shape_shards, tmp_path):
+    shards = ShardSet(shape_shards / "train")
+    expected = load(shards, 1, 0, Fussy({shards.key(5), shards.key(9)}))
+    shards.index = shards.index.copy()
+    shards.index["nbytes"][5] = 2**62
+    shards.index["shard"][9] = 7
+    found = load(shards, 1, 0, Fussy())
+    assert [keys for keys, _, _ in found] == [keys for keys, _, _ in expected]
+    reasons = {incident.key: (incident.shard, incident.reason) for _, _, met in found for incident in met}
+    assert reasons.keys() == {shards.key(5), shards.key(9)}
+    assert "4611686018427387904 bytes" in reasons[shards.key(5)][1]
+    assert reasons[shards.key(9)][0] == "shard-000007.tar"

@@ -21,8 +21,17 @@ import pytest
 import webdataset
 from encoded import damaged, encode, jpeg, pictures, truncated
 
-from vlm.data import shard_pool
-from vlm.data.shard_format import INDEX, MANIFEST, UNFINISHED, decode_key, encode_key, index_dtype, to_json
+from vlm.data import shard_pool, shard_set
+from vlm.data.shard_format import (
+    INDEX,
+    MANIFEST,
+    UNFINISHED,
+    ShardGoneError,
+    decode_key,
+    encode_key,
+    index_dtype,
+    to_json,
+)
 from vlm.data.shards import ShardError, ShardSet, write_shards
 from vlm.data.video import decode
 from vlm.types import Rejected, Sample, UserError
@@ -218,11 +227,99 @@ def test_damage_after_opening_is_a_shard_error_that_names_shard_and_bytes(copy: 
     with pytest.raises(ShardError, match=rf"shard-000001.tar, bytes \d+ to {end} \(record 'clip4'\): only \d+ bytes"):
         shards.read(4)
     (copy / "shard-000002.tar").unlink()
-    with pytest.raises(ShardError, match=r"shard-000002.tar.*cannot be read: No such file"):
+    with pytest.raises(ShardGoneError, match=r"copy/shard-000002.tar is gone: it was there when the set was opened"):
         shards.read(6)
     shutil.copy(copy / "shard-000000.tar", copy / "shard-000001.tar")
     with pytest.raises(ShardError, match=r"'clip0.mp4' is there; tar and index are not of one set"):
         pickle.loads(pickle.dumps(shards)).read(3)
+    (copy / "shard-000001.tar").write_bytes(b"secret words " * 2000)
+    with pytest.raises(ShardError, match="no record begins there") as caught:
+        pickle.loads(pickle.dumps(shards)).read(3)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("index",), None, "`index` has no name 'index.npy'"),
+        (("index", "name"), "../index.npy", "`index` has no name 'index.npy'"),
+        (("index", "bytes"), "many", "`index` has no name"),
+        (("index", "sha256"), "0" * 64, r"index.npy has sha256 \w{16}…, the manifest says 0{16}…"),
+        (("shards",), {}, "`shards` is not a list"),
+        (("shards", 1), "shard-000001.tar", "at place 1"),
+        (("shards", 1, "name"), "../../../etc/passwd", "no name 'shard-000001.tar'.*at place 1"),
+        (("shards", 1, "name"), "shard-000000.tar", "no name 'shard-000001.tar'"),
+        (("shards", 2, "bytes"), -1, "at place 2"),
+        (("shards", 2, "sha256"), None, "at place 2"),
+        (("counts",), [], "`counts` has no numbers"),
+        (("counts", "records"), True, "`counts` has no numbers"),
+        (("members",), "json", "`members` is not a list"),
+        (("members",), ["video"], "`members` has no 'json'"),
+        (("members",), ["video", "json", "json"], "a name twice"),
+    ],
+)
+def test_a_manifest_that_nobody_wrote_is_refused_by_its_flaw(copy: Path, place: Any, value: Any, says: str) -> None:
+    manifest = json.loads((copy / MANIFEST).read_text())
+    inner = manifest
+    for step in place[:-1]:
+        inner = inner[step]
+    if value is None:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    (copy / MANIFEST).write_bytes(to_json(manifest))
+    with pytest.raises(UserError, match=f"{copy}.*{says}"):
+        ShardSet(copy)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("shard", 7, "it lies in shard 7 of 3"),
+        ("shard", -1, "it lies in shard -1 of 3"),
+        ("nbytes", 2**62, r"it has 4611686018427387904 bytes from \d+ on in a shard of \d+"),
+        ("nbytes", 0, "it has 0 bytes"),
+        ("offset", -512, "it has .* bytes from -512"),
+        ("offset", 2**62, "bytes from 4611686018427387904"),
+        ("video_nbytes", 2**40, "its video has 1099511627776 bytes from"),
+        ("json_offset", 2**40, "its json has .* outside of it"),
+        ("json_offset", 0, "its json has .* outside of it"),
+        ("json_nbytes", -1, "its json has -1 bytes"),
+        ("num_frames", 0, "0 frames"),
+        ("num_frames", 2**31 - 1, "2147483647 frames are in"),
+        ("key", b"\xff%FF", "tar and index are not of one set"),
+    ],
+)
+def test_a_row_that_cannot_be_true_is_a_shard_error(made: Path, column: str, value: Any, says: str) -> None:
+    shards = ShardSet(made)
+    shards.index = shards.index.copy()
+    shards.index[column][1] = value
+    with pytest.raises(ShardError, match=says):
+        shards.read(1)
+    assert shards.key(1)
+    assert shards.shard_name(1).startswith("shard-")
+    assert shards.read(2).row == 2
+
+
+def test_an_index_of_other_types_is_refused(copy: Path) -> None:
+    manifest = json.loads((copy / MANIFEST).read_text())
+    index = np.load(copy / INDEX)
+    types = [(name, "<f4" if name == "shard" else index.dtype[name]) for name in index.dtype.names]
+    np.save(copy / INDEX, index.astype(types))
+    manifest["index"]["bytes"] = (copy / INDEX).stat().st_size
+    (copy / MANIFEST).write_bytes(to_json(manifest))
+    with pytest.raises(UserError, match="has columns"):
+        ShardSet(copy)
+
+
+def test_a_large_index_is_not_hashed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = np.load(copy / INDEX)
+    index["fps"][0] = 99
+    np.save(copy / INDEX, index)
+    with pytest.raises(UserError, match=r"index\.npy has sha256"):
+        ShardSet(copy)
+    monkeypatch.setattr(shard_set, "HASHED_BYTES", 100)
+    assert ShardSet(copy).read(0).fps == 99
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -302,6 +399,35 @@ def test_without_the_check_only_missing_files_are_rejected(tmp_path: Path) -> No
     shards = ShardSet(tmp_path / "set")
     assert (len(shards), set(shards.num_frames.tolist()), manifest["hours"]) == (11, {-1}, None)
     assert (shards.read(0).key, shards.read(0).video, shards.read(0).decoders) == ("bad_zero_bytes", b"", ("pyav",))
+    assert "outside_root" not in manifest["counts"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_what_lies_outside_the_root_is_looked_at_and_counted(clips: Path, tmp_path: Path, check: bool) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    root.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "passwd").write_text("root:x:0:0:secret words\n")
+    (elsewhere / "keys").write_bytes(bytes(range(256)) * 8)
+    (root / "link.mp4").symlink_to(elsewhere / "passwd")
+    (root / "moved.mp4").symlink_to(clips / "clip0.mp4")
+    (root / "inside.mp4").write_bytes((clips / "clip1.mp4").read_bytes())
+    (root / "alias.mp4").symlink_to("inside.mp4")
+    (root / "bad.mp4").write_text("not a video, but the user's own\n")
+    paths = {"up": root / "../elsewhere/passwd", "binary": elsewhere / "keys"}
+    paths |= {name: root / f"{name}.mp4" for name in ("link", "moved", "inside", "alias", "bad")}
+    items = [Sample(key=key, video=path, annotation={"label": 0}) for key, path in paths.items()]
+    (tmp_path / "door").symlink_to(root)  # a root that is itself a link
+    manifest = write_shards(items, tmp_path / "set", arguments=ARGUMENTS, check=check, root=tmp_path / "door").manifest
+    shards = ShardSet(tmp_path / "set")
+    kept = {shards.key(row) for row in range(len(shards))}
+    assert kept == {"moved", "inside", "alias"} | (set() if check else {"bad"})
+    assert manifest["counts"]["outside_root"] == 1
+    reasons = {row["key"]: row["reason"] for row in manifest["rejected"]}
+    assert reasons.keys() == {"up", "link", "binary"} | ({"bad"} if check else set())
+    assert check or all("outside --root" in reason for reason in reasons.values())
+    assert "secret" not in json.dumps(manifest)
+    assert not any(b"secret" in content for content in contents(tmp_path / "set").values())
 
 
 def test_nothing_left_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

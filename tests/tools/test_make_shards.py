@@ -102,6 +102,24 @@ def test_no_check_keeps_all_but_missing_files(clips: Path, tmp_path: Path, make_
     assert set(ShardSet(tmp_path / "out").num_frames.tolist()) == {-1}
 
 
+def test_no_check_does_not_pack_what_a_list_fetches_from_elsewhere(
+    clips: Path, tmp_path: Path, make_shards: Callable[..., Done]
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "passwd.mp4").symlink_to("/etc/passwd")
+    (root / "page.mp4").write_text("<html>kept: --no-check was asked for")
+    up = "../" * len(root.resolve().parts) + "etc/passwd"
+    (root / "train.csv").write_text(f"{up} 0\npasswd.mp4 1\npage.mp4 2\n{clips / 'good0.mp4'} 1\n")
+    done = make_shards("ssv2", "--root", root, "--split", "train", "--out", tmp_path / "out", "--no-check")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 4 items rejected, 0 warnings, 1 of the records from outside --root" in done.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert [Path(row["file"]).name for row in manifest["rejected"]] == ["passwd", "passwd.mp4"]
+    assert "root:" not in json.dumps(manifest)
+    assert not any(b"root:x:" in tar.read_bytes() for tar in (tmp_path / "out").glob("*.tar"))
+
+
 def test_annotations_may_be_given_together_or_apart(
     clips: Path, tmp_path: Path, make_shards: Callable[..., Done]
 ) -> None:

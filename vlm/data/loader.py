@@ -6,18 +6,19 @@ processes. Resuming is starting at another step.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from vlm.data.order import Order
 from vlm.data.rng import SampleRng, derive_seed
+from vlm.data.shard_format import ShardGoneError
 from vlm.data.shards import ShardError, ShardSet
 from vlm.data.video import DecodeError
+from vlm.data.workers import Loaded
 from vlm.distributed import share
 from vlm.types import Ask, Batch, Example, Incident, Record, UserError, Visit
 
@@ -140,6 +141,8 @@ class TrainDataset(Dataset[Batch]):
                 record = self.shards.read(row)
                 rng = SampleRng(derive_seed("sample", self.seed, position))
                 examples = self.pipeline.train(record, rng, Visit(part, epoch, self.views))
+            except ShardGoneError as error:
+                raise _gone(error) from error
             except (DecodeError, ShardError) as error:
                 met.append((self.shards.key(row), self.shards.shard_name(row), str(error)))
                 sample = self.order.substitute(position, attempt)
@@ -215,9 +218,7 @@ class TrainLoader:
         self._stop = stop_step
         self._arguments = (global_batch_size, world_size, rank, micro_batch_size)
         dataset = TrainDataset(shards, self.samples, self.order, pipeline, tuple(views), seed, substitutes)
-        self._batches: Any = iter(
-            DataLoader(dataset, sampler=_Plans(start_step, stop_step, self._arguments), **worker_arguments(workers))
-        )
+        self._batches = Loaded(dataset, _Plans(start_step, stop_step, self._arguments), workers, "data.workers")
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -236,20 +237,9 @@ class TrainLoader:
         return [self.samples.key(sample) for sample in rows]
 
 
-def worker_arguments(workers: int) -> dict[str, Any]:
-    """DataLoader arguments: batches come whole from the dataset; workers start from a clean server process, since a
-    process that runs collective threads must not be forked."""
-    if workers == 0:
-        return {"batch_size": None, "num_workers": 0}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vlm.data.loader", "vlm.data.clips", "vlm.data.questions"])
-    return {
-        "batch_size": None,
-        "num_workers": workers,
-        "prefetch_factor": 4,
-        "persistent_workers": False,
-        "multiprocessing_context": context,
-    }
+def _gone(error: ShardGoneError) -> UserError:
+    """A file that vanishes takes many records with it: no fault of theirs, and nothing to train or test around."""
+    return UserError(f"{error}. See whether its storage is still mounted, put it back and give the same command again")
 
 
 class TestItem(NamedTuple):
@@ -274,12 +264,14 @@ class EvalDataset(Dataset[TestItem]):
             record = self.shards.read(row)
             views = self.pipeline.all_views(record, SampleRng(derive_seed("test", self.seed, key)), self.probes)
             return TestItem(key, self.pipeline.asks(record), views)
+        except ShardGoneError as error:
+            raise _gone(error) from error
         except (DecodeError, ShardError) as error:
             return TestItem(key, (), {}, str(error), lost=max(1, int(self.shards.num_questions[row])))
 
 
 def eval_loader(
     shards: ShardSet, pipeline: Pipeline, probes: Sequence[str], seed: int, rows: range, workers: int
-) -> Any:
-    """Iterates over the test records of `rows`, in order; each record comes exactly once."""
-    return DataLoader(EvalDataset(shards, pipeline, probes, seed), sampler=rows, **worker_arguments(workers))
+) -> Iterator[TestItem]:
+    """The test records of `rows`, in order; each record comes exactly once. UserError as `Loaded` raises it."""
+    return Loaded(EvalDataset(shards, pipeline, probes, seed), rows, workers, "eval.workers")

@@ -144,11 +144,14 @@ def _load(item: Mapping[str, Any], check: bool) -> tuple[dict[str, tuple[str, by
         except OSError as error:
             raise DecodeError(f"cannot be read: {error.strerror or error}") from error
         suffix = path.suffix[1:].lower()
-        members["video"] = (
-            container_extension(data) or (suffix if suffix.isalnum() and suffix.isascii() else "bin"),
-            data,
-        )
+        container = container_extension(data)
+        if item.get("outside") and not check and container is None:
+            raise DecodeError(
+                "lies outside --root and does not begin like a video, so it is not packed unseen (--no-check)"
+            )
+        members["video"] = (container or (suffix if suffix.isalnum() and suffix.isascii() else "bin"), data)
         facts["decoders"] = ["pyav"]
+        facts["outside"] = bool(item.get("outside"))
         if check:
             info = inspect(data)
             warned = info.warnings

@@ -39,6 +39,10 @@ class ShardError(Exception):
     """A record that cannot be read back from its shard. The message names the shard and the bytes."""
 
 
+class ShardGoneError(ShardError):
+    """The shard's file itself is no longer there: nothing is wrong with the record alone."""
+
+
 def encode_key(key: str) -> str:
     """The name under which a key stands in tar and index: ASCII, percent-encoded where it has to be."""
     return "".join(
@@ -48,8 +52,11 @@ def encode_key(key: str) -> str:
 
 
 def decode_key(name: str) -> str:
-    """The inverse of `encode_key`."""
-    return unquote(name, errors="surrogatepass")
+    """The inverse of `encode_key`; what it never made (a damaged index) comes back as it is."""
+    try:
+        return unquote(name, errors="surrogatepass")
+    except UnicodeDecodeError:
+        return name
 
 
 def shard_name(number: int) -> str:

@@ -7,6 +7,7 @@ folder that holds some shards already was begun for the same thing.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +30,7 @@ class Cut(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The items themselves are in the plan file: one JSON line an item, {at, key, file, size, annotation} and, where
-    there are any, {members, warnings}."""
+    there are any, {members, warnings, outside}."""
 
     arguments: dict[str, Any]
     listed: int  # items that the source listed, rejected ones included
@@ -48,14 +49,17 @@ def make_plan(
     *,
     shard_size: int,
     shard_samples: int | None,
+    root: Path | None = None,
     file: BinaryIO | None,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
     """Cut the items, in their order, into shards of at most `shard_size` bytes of media and `shard_samples` items.
 
     `file` takes the plan's lines; None only computes the digest. An item without its file, with a key that another
-    has, or with an annotation that JSON cannot hold is rejected here.
+    has, or with an annotation that JSON cannot hold is rejected here. A video that lies, links followed, outside `root`
+    is noted.
     """
+    real_root = None if root is None else Path(os.path.realpath(root))
     digest = hashlib.sha256(to_json(dict(arguments)))
     seen: dict[str, int] = {}
     rejected: list[dict[str, Any]] = []
@@ -63,7 +67,7 @@ def make_plan(
     start = end = count = media = listed = 0
     for at, item in enumerate(items):
         listed = at + 1
-        planned = _planned(at, item, seen)
+        planned = _planned(at, item, seen, real_root)
         if isinstance(planned, Rejected):
             rejected.append({"at": at, **planned._asdict()})
             digest.update(_line(rejected[-1]))
@@ -84,7 +88,7 @@ def make_plan(
                 digest=digest.hexdigest())  # fmt: skip
 
 
-def _planned(at: int, item: Sample | Rejected, seen: dict[str, int]) -> tuple[bytes, int] | Rejected:
+def _planned(at: int, item: Sample | Rejected, seen: dict[str, int], root: Path | None) -> tuple[bytes, int] | Rejected:
     """(line of the plan, bytes of media) of an item, or why it cannot become a record. `seen`: key -> its item."""
     if isinstance(item, Rejected):
         return item
@@ -110,6 +114,7 @@ def _planned(at: int, item: Sample | Rejected, seen: dict[str, int]) -> tuple[by
         row = {"at": at, "key": item.key, "file": file, "size": size + more, "annotation": item.annotation}
         row |= {"members": members} if members else {}
         row |= {"warnings": list(item.warnings)} if item.warnings else {}
+        row |= {"outside": True} if root and file and not Path(os.path.realpath(file)).is_relative_to(root) else {}
         line = _line(row)
     except (TypeError, ValueError) as error:
         return Rejected(item.key, f"the annotation cannot be written as JSON: {error}", file)

@@ -19,16 +19,20 @@ from typing import Any
 import numpy as np
 
 from vlm.data import shard_format as layout
-from vlm.data.shard_format import ShardError
+from vlm.data.shard_format import ShardError, ShardGoneError
 from vlm.types import Record, UserError
+
+HASHED_BYTES = 64 << 20
+"""Largest index (about 600,000 rows) whose sha256 is compared with the manifest's when a set is opened (<= 0.3 s)."""
 
 
 class ShardSet:
     """The records of a folder that `write_shards` finished, by row of its index.
 
-    Opening costs no more for ten million rows than for ten: the index is mapped, not read. Only the sizes of the tars
-    are checked. Cheap to send to worker processes (each maps the index and opens the tars itself), and reads share no
-    file position, so threads and forked processes may read at once.
+    Opening costs no more for ten million rows than for a few: the index is mapped, not read. Checked are the manifest,
+    the sizes of all files, the columns and rows of the index, and of an index up to `HASHED_BYTES` its sha256; each row
+    is checked against the manifest when it is read. Cheap to send to worker processes (each maps the index and opens
+    the tars itself), and reads share no file position, so threads and forked processes may read at once.
 
     Raises UserError for a folder that is missing, unfinished, damaged or of another version.
     """
@@ -36,7 +40,7 @@ class ShardSet:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         manifest = self.manifest
-        self.shard_names: tuple[str, ...] = tuple(shard["name"] for shard in manifest["shards"])
+        self._sizes: tuple[int, ...] = tuple(shard["bytes"] for shard in manifest["shards"])
         self.members: tuple[str, ...] = tuple(manifest["members"])
         self._counts_questions = "questions" in manifest["counts"]
         hashes = ",".join(shard["sha256"] for shard in manifest["shards"])
@@ -45,19 +49,22 @@ class ShardSet:
         self._open_index()
         if len(self.index) != manifest["counts"]["records"]:
             raise _damaged(self.path / layout.INDEX, f"{len(self.index)} rows", f"{manifest['counts']['records']}")
+        _check_index_hash(self.path / layout.INDEX, manifest["index"]["sha256"])
 
     def _open_index(self) -> None:
         try:
             self.index = np.load(self.path / layout.INDEX, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise UserError(f"{self.path / layout.INDEX} cannot be opened ({error}); {_MEND}") from error
-        columns = layout.index_dtype(1, self.members, self._counts_questions).names
-        if self.index.dtype.names != columns:
-            raise UserError(f"{self.path / layout.INDEX} has columns {self.index.dtype.names}, not {columns}; {_MEND}")
+        found = self.index.dtype
+        key_bytes = found["key"].itemsize if "key" in (found.names or ()) else 0
+        expected = layout.index_dtype(max(1, key_bytes), self.members, self._counts_questions)
+        if found != expected or self.index.ndim != 1:
+            raise UserError(f"{self.path / layout.INDEX} has columns {found}, not {expected}; {_MEND}")
         self._files = _OpenFiles()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "shard_names", "members", "fingerprint", "_counts_questions")
+        kept = ("path", "members", "fingerprint", "_sizes", "_counts_questions")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,37 +92,55 @@ class ShardSet:
     @property
     def num_questions(self) -> np.ndarray:
         """(rows,) int32: questions of each record; zeros where the set has none. Mapped, where there are some."""
-        return self.index["questions"] if self._counts_questions else np.zeros(len(self), np.int32)
+        return self.index["questions"] if self._counts_questions else np.broadcast_to(np.int32(0), len(self))
+
+    @property
+    def shard_names(self) -> tuple[str, ...]:
+        """The file names of the tars, in order."""
+        return tuple(map(layout.shard_name, range(len(self._sizes))))
 
     def key(self, row: int) -> str:
         """The key of a record as its source gave it."""
-        return layout.decode_key(self._row(row)["key"].decode("ascii"))
+        return layout.decode_key(_name(self._row(row)))
 
     def shard_name(self, row: int) -> str:
         """The file name of the tar that holds a record."""
-        return self.shard_names[self._row(row)["shard"]]
+        return layout.shard_name(int(self._row(row)["shard"]))
 
     def read(self, row: int) -> Record:
-        """One record by one ranged read. Raises ShardError when the shard is gone, too short or not what it was."""
+        """One record by one ranged read.
+
+        Raises:
+            ShardGoneError: the shard's file is no longer there.
+            ShardError: the shard is too short or not what it was, or the row of the index cannot be true.
+        """
         entry = self._row(row)
-        name = entry["key"].decode("ascii")
-        shard = self.shard_names[entry["shard"]]
+        name, shard = _name(entry), self.shard_name(row)
         offset, nbytes = int(entry["offset"]), int(entry["nbytes"])
         where = f"{self.path / shard}, bytes {offset} to {offset + nbytes} (record {layout.decode_key(name)!r})"
+        flaw = self._flaw(entry)
+        if flaw:
+            raise ShardError(f"{where}: row {row} of {layout.INDEX} says that {flaw}, which cannot be")
         try:
             data = self._files.read(self.path / shard, offset, nbytes)
+        except FileNotFoundError as error:
+            raise ShardGoneError(f"{self.path / shard} is gone: it was there when the set was opened") from error
         except OSError as error:
             raise ShardError(f"{where}: cannot be read: {error.strerror or error}") from error
         if len(data) < nbytes:
             raise ShardError(f"{where}: only {len(data)} bytes are there; the file was cut short after it was written")
+        if data[257:262] != b"ustar":
+            raise ShardError(f"{where}: no record begins there; tar and index are not of one set")
         header = data[:100].rstrip(b"\0").decode("ascii", "replace")
         if not header.startswith((f"{name}.", "././@PaxHeader")):  # the latter precedes names of 100 letters and more
-            raise ShardError(f"{where}: {header[:100]!r} is there; tar and index are not of one set")
+            raise ShardError(f"{where}: {header!r} is there; tar and index are not of one set")
         members = {member: self._member(entry, member, offset, data) for member in self.members}
-        try:
-            annotation = json.loads(members["json"] or b"")
-        except ValueError as error:
-            raise ShardError(f"{where}: its annotation is not JSON ({error})") from error
+        annotation = _read_annotation(members["json"] or b"", where)
+        if self._counts_questions and _count_questions(annotation) != entry["questions"]:
+            raise ShardError(
+                f"{where}: it holds {_count_questions(annotation)} questions, the index says {entry['questions']}; tar "
+                "and index are not of one set"
+            )
         return Record(
             key=layout.decode_key(name),
             shard=shard,
@@ -136,6 +161,21 @@ class ShardSet:
         if not 0 <= row < len(self.index):
             raise IndexError(f"{self.path} has rows 0 to {len(self.index) - 1}, not {row}")
         return self.index[row]
+
+    def _flaw(self, entry: Any) -> str:
+        """What of a row cannot be true, given the manifest; "": nothing."""
+        number, offset, nbytes, frames = (int(entry[name]) for name in ("shard", "offset", "nbytes", "num_frames"))
+        if not 0 <= number < len(self._sizes):
+            return f"it lies in shard {number} of {len(self._sizes)}"
+        if offset < 0 or nbytes < layout.BLOCK or offset + nbytes > self._sizes[number]:
+            return f"it has {nbytes} bytes from {offset} on in a shard of {self._sizes[number]}"
+        for member in self.members:
+            start, length = int(entry[f"{member}_offset"]), int(entry[f"{member}_nbytes"])
+            if start != -1 and (length < 0 or not offset <= start <= offset + nbytes - length):
+                return f"its {member} has {length} bytes from {start} on, outside of it"
+        if not (frames == layout.UNKNOWN or 0 < frames <= nbytes):
+            return f"{frames} frames are in {nbytes} bytes"
+        return ""
 
     def _member(self, entry: Any, member: str, offset: int, data: bytes) -> bytes | None:
         start = int(entry[f"{member}_offset"]) - offset
@@ -178,6 +218,26 @@ class _OpenFiles:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _name(entry: Any) -> str:
+    """The key of a row as it stands in the tar; bytes that no key has are shown as escapes."""
+    return entry["key"].decode("ascii", "backslashreplace")
+
+
+def _read_annotation(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        annotation = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{where}: its annotation is not JSON ({error})") from error
+    if not isinstance(annotation, dict):
+        raise ShardError(f"{where}: its annotation is a {type(annotation).__name__}, not an object")
+    return annotation
+
+
+def _count_questions(annotation: Mapping[str, Any]) -> int:
+    questions = annotation.get("questions", ())
+    return len(questions) if isinstance(questions, (list, tuple)) else 0
+
+
 _MEND = "copy the folder again, or delete it and run tools/make_shards.py"
 
 
@@ -202,7 +262,42 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") != layout.VERSION:
         raise UserError(f"{path} has format version {manifest.get('version')}, this code reads {layout.VERSION}; "
                         "write the shards again with tools/make_shards.py")  # fmt: skip
+    flaw = _manifest_flaw(manifest)
+    if flaw:
+        raise UserError(f"{path}: {flaw}, as no manifest says that tools/make_shards.py wrote; {_MEND}")
     return manifest
+
+
+def _manifest_flaw(manifest: Mapping[str, Any]) -> str:
+    """What this code relies on and the manifest does not say, or says so that it would lead outside the folder."""
+    shards, index, counts, members = (manifest.get(name) for name in ("shards", "index", "counts", "members"))
+    if not isinstance(shards, list):
+        return "`shards` is not a list"
+    for number, shard in enumerate(shards):
+        if not _is_file_entry(shard, layout.shard_name(number)):
+            return f"`shards` has no name {layout.shard_name(number)!r}, bytes and sha256 at place {number}"
+    if not _is_file_entry(index, layout.INDEX):
+        return f"`index` has no name {layout.INDEX!r}, bytes and sha256"
+    if not isinstance(counts, dict) or not all(_is_count(counts.get(name)) for name in ("listed", "records")):
+        return "`counts` has no numbers `listed` and `records`"
+    if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
+        return "`members` is not a list of names"
+    if "json" not in members or len(set(members)) < len(members):
+        return "`members` has no 'json', or a name twice"
+    return ""
+
+
+def _is_file_entry(entry: Any, name: str) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.get("name") == name
+        and _is_count(entry.get("bytes"))
+        and isinstance(entry.get("sha256"), str)
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -211,3 +306,12 @@ def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
         found = path.stat().st_size if path.exists() else None
         if found != file["bytes"]:
             raise _damaged(path, "no file" if found is None else f"{found} bytes", f"{file['bytes']} bytes")
+
+
+def _check_index_hash(path: Path, expected: str) -> None:
+    if path.stat().st_size > HASHED_BYTES:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise _damaged(path, f"sha256 {found[:16]}…", f"{expected[:16]}…")

@@ -56,6 +56,7 @@ def write_shards(
     check: bool = True,
     shard_size: int = DEFAULT_SHARD_SIZE,
     shard_samples: int | None = None,
+    root: Path | None = None,
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Written:
@@ -67,9 +68,12 @@ def write_shards(
     Args:
         items: in the order in which they are to lie in the shards.
         arguments: JSON-able, recorded in the manifest; `source` and `split` are expected names.
-        check: decode every clip (frames, fps, which decoders agree); else only missing files are rejected.
+        check: decode every clip (frames, fps, which decoders agree); else only missing files are rejected, and of
+            those outside `root` what does not begin like a video.
         shard_size: bytes of media after which a new shard begins.
         shard_samples: items after which a new shard begins.
+        root: where videos are expected; the manifest counts those that lie elsewhere (by `..`, an absolute path or a
+            link). None: anywhere.
         workers: processes.
         progress: told of items listed and written.
 
@@ -81,7 +85,8 @@ def write_shards(
     full = {**arguments, "check": check, "shard_size": shard_size, "shard_samples": shard_samples}
     full = json.loads(layout.to_json(full))  # as they will be read back from the manifest
     listing = (lambda done: progress("list", done, None)) if progress is not None else None
-    cutting: dict[str, Any] = {"shard_size": shard_size, "shard_samples": shard_samples, "progress": listing}
+    cutting: dict[str, Any] = {"shard_size": shard_size, "shard_samples": shard_samples, "root": root,
+                               "progress": listing}  # fmt: skip
     if (out / layout.MANIFEST).exists():
         done = ShardSet(out)
         begun = done.manifest | {"listed": done.manifest["counts"]["listed"]}
@@ -173,7 +178,7 @@ def _build_missing(
 def _finish(out: Path, plan: Plan) -> dict[str, Any]:
     """Join the sidecars into the index, then write the manifest: from here on the set exists."""
     shards, rejected, warnings = [], list(plan.rejected), []
-    key_bytes, records, seconds, questions = 1, 0, 0.0, 0
+    key_bytes, records, seconds, questions, outside = 1, 0, 0.0, 0, 0
     others: set[str] = set()
     for number in range(len(plan.cuts)):
         side = json.loads(sidecar(out, number).read_bytes())
@@ -183,6 +188,7 @@ def _finish(out: Path, plan: Plan) -> dict[str, Any]:
         seconds += sum(row.get("duration", 0.0) for row in side["records"])
         key_bytes = max([key_bytes, *(len(row["key"]) for row in side["records"])])
         questions += sum(row.get("questions", 0) for row in side["records"])
+        outside += sum(row.get("outside", False) for row in side["records"])
         others.update(member for row in side["records"] for member in row["members"])
         shards.append({"name": layout.shard_name(number), "records": len(side["records"]), "bytes": side["bytes"],
                        "sha256": side["sha256"]})  # fmt: skip
@@ -195,12 +201,13 @@ def _finish(out: Path, plan: Plan) -> dict[str, Any]:
     members = ["video", *sorted(others - {"video", "json"}), "json"]
     dtype = layout.index_dtype(key_bytes, members, questions > 0)
     counts = {"listed": plan.listed, "records": records, "rejected": len(rejected), "warnings": len(warnings)}
+    counts |= {name: count for name, count in (("questions", questions), ("outside_root", outside)) if count}
     manifest = {
         "format": layout.FORMAT,
         "version": layout.VERSION,
         "source": plan.arguments.get("source"),
         "split": plan.arguments.get("split"),
-        "counts": counts | ({"questions": questions} if questions else {}),
+        "counts": counts,
         "hours": round(seconds / 3600, 6) if plan.arguments["check"] else None,
         "bytes": sum(shard["bytes"] for shard in shards),
         "members": members,

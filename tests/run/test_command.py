@@ -75,7 +75,7 @@ def test_help_all_lists_every_field_with_its_meaning(capsys):
         ([*DEMO, "model.num_frames=16"], "model.num_frames is 16, but inputs.num_frames is 8"),
         ([*DEMO, "--dry-run", "inputs.num_classes=9"], "model.num_classes is 8, but inputs.num_classes is 9"),
         ([*DEMO, "--dry-run", "eval.probes=one_fram"], "did you mean 'one_frame'?"),
-        ([*DEMO, "data.shards=nowhere"], "data.shards: nowhere"),
+        ([*DEMO, "data.shards=nowhere"], "data.shards=nowhere: there is no such folder"),
         ([*DEMO, "model.llama.path=nowhere"], "model.llama.path=nowhere"),
     ],
 )
@@ -88,6 +88,10 @@ def test_mistakes_are_one_line(arguments, part, capsys):
 
 
 def test_evaluate_needs_a_checkpoint_and_a_test(capsys):
+    assert evaluate_main(["--recipe", "vit_llama.debug", "--checkpoint", "nowhere"]) == 2
+    assert "--checkpoint nowhere" in capsys.readouterr().err
+    assert evaluate_main(["--recipe", "video_mae.debug", "--untrained"]) == 2
+    assert "has no test" in capsys.readouterr().err
     assert evaluate_main(["--recipe", "vit_llama.debug"]) == 2
     assert "--checkpoint" in capsys.readouterr().err
 
@@ -106,7 +110,8 @@ def test_a_nested_mistake_in_the_json_is_told_by_the_dry_run(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--recipe", "vit_llama.dmo"], ["--recipe", "vit_llama.demo", "--deepspeed_config", "x"]]
+    "arguments",
+    [["--help"], ["--recipe", "vit_llama.dmo"], [*DEMO[:3], "nowhere.json"], [*DEMO, "data.shards=nowhere"]],
 )
 def test_a_wrong_name_is_told_before_anything_heavy_is_imported(arguments):
     code = "import sys; from vlm.run.command import train_main; train_main(sys.argv[1:]); "

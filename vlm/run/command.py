@@ -208,6 +208,7 @@ def _train(options: argparse.Namespace, at_exit: ExitStack) -> None:
     if not options.deepspeed_config:
         raise UserError("--deepspeed_config FILE is missing; on a laptop: --deepspeed_config ds_configs/cpu.json")
     hardware = read_json(options.deepspeed_config)
+    _check_given_folder("data.shards", options)
     recipe = load(options.recipe, options.overrides)
     check_inputs(recipe)
     check_sections(hardware, options.deepspeed_config)
@@ -234,7 +235,10 @@ def _evaluate(options: argparse.Namespace, at_exit: ExitStack) -> None:
         raise UserError(
             "give either --checkpoint DIR (a checkpoint folder, or a run folder, whose latest is taken) or --untrained"
         )
+    if options.checkpoint is not None and not options.dry_run and not options.checkpoint.exists():
+        raise UserError(f"--checkpoint {options.checkpoint}: there is no such file or folder")
     hardware = read_json(options.deepspeed_config) if options.deepspeed_config else {}
+    _check_given_folder("eval.shards", options)
     recipe = load(options.recipe, options.overrides)
     if recipe.eval is None:
         raise UserError(f"{options.recipe} has no test (eval is none); evaluate a recipe that fine-tunes from it")
@@ -244,8 +248,6 @@ def _evaluate(options: argparse.Namespace, at_exit: ExitStack) -> None:
         checkpoint = None if options.untrained else str(options.checkpoint)
         _print_plan(options, recipe, checkpoint=checkpoint, deepspeed=hardware)
         return
-    if options.checkpoint is not None and not options.checkpoint.exists():
-        raise UserError(f"--checkpoint {options.checkpoint}: there is no such file or folder")
     check_files(recipe)
     _check_shards("eval.shards", recipe.eval.shards)
     from vlm.distributed import join, leave
@@ -253,6 +255,13 @@ def _evaluate(options: argparse.Namespace, at_exit: ExitStack) -> None:
 
     at_exit.callback(leave)
     evaluate_checkpoint(recipe, options.recipe, options.overrides, hardware, options.checkpoint, join())
+
+
+def _check_given_folder(name: str, options: argparse.Namespace) -> None:
+    """Whether a folder of shards that stands on the command line is there: told before the recipe is imported."""
+    given = [text for text in options.overrides if text.startswith(f"{name}=")]
+    if given and not options.dry_run and not Path(given[-1].partition("=")[2]).is_dir():
+        raise UserError(f"{given[-1]}: there is no such folder; make the shards with tools/make_shards.py")
 
 
 def _check_shards(name: str, path: str) -> None:

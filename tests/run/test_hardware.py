@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from vlm.run import hardware
 from vlm.run.hardware import read_hardware, read_json
 from vlm.types import UserError
 
@@ -57,6 +58,9 @@ def written(tmp_path, change):
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["needs stage 3", "is 2"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["needs stage 1"]),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, ["Stage 3"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"super_offload": True}}}, ["super_offload"]),
+        ({"zero_optimization": {"stage": 1}, "prescale_gradients": True}, ["prescale_gradients", "reduce_scatter"]),
+        ({"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2.0}, ["reduce_scatter"]),
         ({"csv_monitor": {"folder": "x"}}, ["csv_monitor.folder", "output_path"]),
     ],
 )  # fmt: skip
@@ -102,6 +106,12 @@ def test_unreadable_json_names_file_and_line(tmp_path, text, part):
         read_json(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_json(tmp_path / "none.json")
+
+
+def test_a_monitor_that_is_not_installed_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        read_hardware(written(tmp_path, {"tensorboard": {"enabled": True}}))
 
 
 def test_the_first_look_at_a_json_loads_neither_torch_nor_deepspeed():

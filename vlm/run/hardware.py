@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -188,31 +189,51 @@ def check_sections(hardware: dict[str, Any], path: str | Path) -> None:
     for key, model in _models().items():
         if key in hardware:
             _check_model(hardware[key], model, f"{path}: {key}")
-    zero = hardware.get("zero_optimization", {})
-    stage, where = zero.get("stage", 0), f"{path}: zero_optimization"
+    if hardware.get("tensorboard", {}).get("enabled") and find_spec("tensorboard") is None:
+        raise UserError(
+            f"{path}: tensorboard is enabled but not installed: pip install tensorboard; or use csv_monitor"
+        )
+    _check_zero(hardware.get("zero_optimization", {}), f"{path}: zero_optimization")
+    _check_gradients(hardware, f"{path}: ")
+
+
+def _check_zero(zero: dict[str, Any], where: str) -> None:
+    """What DeepSpeed could do in `zero_optimization`, but not with this project's optimizer, checks or checkpoints."""
+    stage = zero.get("stage", 0)
     if not zero.get("compute_grad_norm", True):
         raise UserError(
             f"{where}.compute_grad_norm is false, but every step is checked by its gradient norm; remove it"
         )
-    if zero.get("zenflow") is not None:
-        raise UserError(f"{where}.zenflow: is not supported: it replaces the optimizer, which belongs to the recipe")
+    offloaded = zero.get("offload_optimizer") or {}
+    for name, section in (("zenflow", zero), ("offload_optimizer.super_offload", offloaded)):
+        if section.get(name.rpartition(".")[2]):
+            raise UserError(f"{where}.{name}: is not supported: it needs an optimizer of its own; remove it")
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(part) or {}).get("device", "none")
         if device == "nvme":
             raise UserError(f'{where}.{part}.device is "nvme", which is not supported; use "cpu"')
         if device == "cpu" and stage < least:
             raise UserError(f"{where}.{part}: needs stage {least}{' or more' if least < 3 else ''}; stage is {stage}")
-    bf16 = hardware.get("bf16", {})
+
+
+def _check_gradients(hardware: dict[str, Any], where: str) -> None:
+    """Precisions and scales of gradients that go together in DeepSpeed."""
+    zero, bf16 = hardware.get("zero_optimization", {}), hardware.get("bf16", {})
+    stage, own = zero.get("stage", 0), "bf16" if bf16.get("enabled") else "fp32"
     for name in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
         if bf16.get(name):
-            raise UserError(f"{path}: bf16.{name}: is not supported: checkpoints keep weights and moments in fp32")
+            raise UserError(f"{where}bf16.{name}: is not supported: checkpoints keep weights and moments in fp32")
     kept = hardware.get("data_types", {}).get("grad_accum_dtype")
-    own = "bf16" if bf16.get("enabled") else "fp32"
     if kept not in (None, own) and (stage == 0 or own == "fp32"):
         raise UserError(
-            f"{path}: data_types.grad_accum_dtype is {kept!r}, but at stage {stage} with {own} weights gradients are "
+            f"{where}data_types.grad_accum_dtype is {kept!r}, but at stage {stage} with {own} weights gradients are "
             f"{own} too; remove it, or use bf16 with stage 1 or more"
         )
+    for name, off in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        if stage and zero.get("reduce_scatter", True) and hardware.get(name, off) != off:
+            raise UserError(
+                f'{where}{name}: from stage 1 on it needs "reduce_scatter": false in zero_optimization; or remove it'
+            )
 
 
 def _models() -> dict[str, Any]:

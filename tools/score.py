@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from vlm.config import differences
+from vlm.files import write_json
 from vlm.run.run_folder import kinds_of, metrics_of, read_json, read_predictions
 from vlm.types import UserError
 
@@ -34,9 +35,7 @@ def score(run: Path, write: bool) -> int:
     metrics = metrics_of(read_predictions(run / "predictions.jsonl"), kinds_of(run))
     print(json.dumps(metrics, indent=1))
     if write:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-        temporary.replace(path)
+        write_json(path, metrics)
         print(f"{path}: written")
         return 0
     if not path.exists():

@@ -1,11 +1,11 @@
 """A checkpoint is whole or it is not there; any stage and any number of processes reads any."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from vlm.config import override
 from vlm.data.loader import MicroBatch
@@ -78,21 +78,48 @@ def test_pruning_keeps_the_newest_and_the_best(world, tmp_path):
     assert not list(tmp_path.glob(".step-*"))
 
 
-def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(world, tmp_path, monkeypatch):
+def test_what_was_just_written_stays_where_the_run_went_back_behind_a_damaged_one(world, tmp_path):
+    engine = Engine(*make_engine(world), world)
+    save(engine, tmp_path, 200, keep=1, is_best=True)
+    damaged = save(engine, tmp_path, 300, keep=1)
+    (damaged / "model.safetensors").write_bytes(b"")
+    found, passed_over = checkpoint.newest(tmp_path)
+    assert found.name == "step-00000200"
+    assert str(damaged) in passed_over[0]
+    save(engine, tmp_path, 250, keep=1)
+    assert checkpoint.steps(tmp_path) == ["step-00000200", "step-00000250"]
+    assert checkpoint.resolve(tmp_path).name == "step-00000250"
+
+
+def test_a_damaged_step_that_is_made_again_is_replaced(world, tmp_path):
     engine = Engine(*make_engine(world), world)
     save(engine, tmp_path, 1)
+    (save(engine, tmp_path, 2) / "state.json").unlink()
+    again = save(engine, tmp_path, 2)
+    checkpoint.verify(again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("where", ["save_file", "sync", "replace_file"])
+def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(world, tmp_path, monkeypatch, where):
+    engine = Engine(*make_engine(world), world)
+    save(engine, tmp_path, 1)
+    stale = tmp_path / ".step-00000007.tmp"  # of a save that was killed
+    stale.mkdir()
 
     def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
+        assert not stale.exists(), "it takes the room that is needed"
+        kind = SafetensorError if where == "save_file" else OSError
+        raise kind("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(checkpoint, where, full)
+    with pytest.raises(UserError, match=r"step-00000002: .*No space left.*make room"):
         save(engine, tmp_path, 2)
     monkeypatch.undo()
+    assert not list(tmp_path.glob(".step-*"))
     assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
     assert (tmp_path / "latest").read_text().strip() == "step-00000001"
     save(engine, tmp_path, 3)
-    assert not list(tmp_path.glob(".step-*"))
 
 
 def test_a_trained_tensor_that_is_not_written_is_an_error_by_name(world, tmp_path, monkeypatch):
@@ -137,6 +164,30 @@ def test_damage_is_found_by_name(world, tmp_path, damage):
         checkpoint.newest(tmp_path)
 
 
+@pytest.mark.parametrize("files", [[], {}, None, {"model.safetensors": 3}, "model.safetensors"])
+def test_a_manifest_that_lists_no_files_verifies_nothing(world, tmp_path, files):
+    folder = save(Engine(*make_engine(world), world), tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
+    with pytest.raises(UserError, match=r"manifest\.json: lists no files"):
+        checkpoint.verify(folder)
+
+
+def test_what_is_needed_must_be_listed(world, tmp_path):
+    model, recipe, config = make_engine(world)
+    folder = save(Engine(model, recipe, config, world), tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        del manifest["files"][name]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=rf"{name}: is missing"):
+            checkpoint.newest(tmp_path)
+        if name.startswith("optimizer"):
+            checkpoint.load_weights(folder, model)  # enough for a test
+    with pytest.raises(UserError, match=r"model\.safetensors: is missing"):
+        checkpoint.load_weights(folder, model)
+
+
 def test_other_frozen_weights_are_refused(world, tmp_path):
     folder = save(Engine(*make_engine(world), world), tmp_path, 1)
     recipe = override(load("vit_llama.debug"), ["model.llama.random_seed=5"])
@@ -155,6 +206,13 @@ def test_resolve_takes_a_checkpoint_a_run_or_says_what_is_missing(world, tmp_pat
     folder = save(Engine(*make_engine(world), world), tmp_path / "checkpoints", 1)
     for path in (folder, tmp_path, tmp_path / "checkpoints"):
         assert checkpoint.resolve(path) == folder
+    for pointer in ("step-00000009", None):  # `latest` names none that is there, or is gone
+        latest = tmp_path / "checkpoints" / "latest"
+        latest.write_text(pointer) if pointer else latest.unlink()
+        assert checkpoint.resolve(tmp_path) == folder
     with pytest.raises(UserError, match="neither a checkpoint"):
         checkpoint.resolve(Path("nowhere"))
+    (tmp_path / "released.pth").write_bytes(b"")
+    with pytest.raises(UserError, match=r"released\.pth: is a file.*tools/convert_ckpt\.py .*released\.pth FOLDER"):
+        checkpoint.resolve(tmp_path / "released.pth")
     assert json.loads((folder / "state.json").read_text())["adam_steps"] == 0

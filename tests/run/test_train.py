@@ -124,10 +124,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(shape_shards, tmp_p
     content[-1] ^= 1
     newest.write_bytes(content)
     whole = rows(tmp_path / "run")
-    printed = run(train_arguments(shape_shards, tmp_path / "run", *settings))
+    moved = shape_shards.rename(shape_shards.with_name("moved"))
+    try:
+        printed = run(train_arguments(moved, tmp_path / "run", *settings), processes=2)
+    finally:
+        moved.rename(shape_shards)
     assert "passed over a damaged checkpoint" in printed
+    assert f"changed since the run began: data.shards: '{shape_shards}/train' -> '{moved}/train'" in printed
+    assert "changed since the run began: world_size: 1 -> 2" in printed
+    about = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert (about["world_size"], about["resumed"][0]["world_size"], about["resumed"][0]["step"]) == (1, 2, 2)
     assert "step-00000002" in printed
-    assert [row["loss"] for row in rows(tmp_path / "run")] == [row["loss"] for row in whole]
+    losses = [row["loss"] for row in rows(tmp_path / "run")]
+    assert losses == pytest.approx([row["loss"] for row in whole], rel=1e-5)
 
 
 def test_pretraining_runs_and_fine_tuning_starts_from_it(shape_shards, tmp_path):
@@ -159,6 +168,8 @@ def test_evaluate_alone_gives_the_same_predictions(shape_shards, tmp_path):
     arguments += [str(tmp_path / "run"), f"eval.shards={shape_shards / 'test'}", f"run_dir={tmp_path / 'again'}"]
     run([*arguments, "eval.workers=0"], processes=2)
     assert (tmp_path / "again" / "metrics.json").read_text() == (tmp_path / "run" / "metrics.json").read_text()
+    refused = [word.replace("again", "run") if word.startswith("run_dir=") else word for word in arguments]
+    assert f"{tmp_path}/run holds a training run" in run(refused, expect=2)
     first, second = ((tmp_path / n / "predictions.jsonl").read_text().splitlines() for n in ("run", "again"))
     assert [json.loads(a)["key"] for a in first] == [json.loads(b)["key"] for b in second]
     for a, b in zip(first, second):

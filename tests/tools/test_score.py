@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import score
+from tools import report, score
 
 ROWS = [
     {"key": "a", "truth": 0, "prediction": 0, "scores": [0.7, 0.2, 0.1], "probes": {"one_frame": [0.1, 0.7, 0.2]}},
@@ -67,6 +67,9 @@ def test_no_metrics_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ({"scores": [0.1, None, 0.5]}, "line 2: scores holds something that is not a finite number"),
         ({"scores": [0.1, float("nan"), 0.5]}, "line 2: scores holds something that is not a finite number"),
         ({"scores": "0.1"}, "line 2: scores is '0.1', expected list"),
+        ({"scores": [0.1, 10**400, 0.5]}, "line 2: scores holds something that is not a finite number"),
+        ({"scores": [0.1, float("-inf"), 0.5]}, "line 2: scores holds something that is not a finite number"),
+        ({"options": 5}, "line 2: options is 5, expected a list"),
         ({"truth": 3}, "line 2: truth is 3, but there are 3 classes"),
         ({"truth": -1}, "line 2: truth is -1, but there are 3 classes"),
         ({"truth": 1.0}, "line 2: truth is 1.0, expected int"),
@@ -90,6 +93,11 @@ def test_damaged_rows(run: Path, capsys: pytest.CaptureFixture[str], change: dic
         ([json.dumps(ROWS[0]), "", json.dumps(ROWS[1])], "line 2 is not JSON"),
         ([json.dumps(ROWS[0]), "[]"], "line 2 holds list"),
         ([json.dumps({k: v for k, v in ROWS[0].items() if k != "truth"})], "line 1: has no 'truth'"),
+        (
+            [json.dumps(ROWS[0]), json.dumps(ROWS[1])[:-1] + ', "x": ' + "9" * 5000 + "}"],
+            "line 2 has a number with",
+        ),
+        ([json.dumps(ROWS[0]), '{"x": ' + "[" * 100_000], "line 2 has lists or objects nested too deep"),
         ([], "is not JSON"),
     ],
 )
@@ -97,6 +105,35 @@ def test_damaged_lines(run: Path, capsys: pytest.CaptureFixture[str], lines: lis
     write(run, lines)
     assert score.main([str(run)]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("[" * 100_000, "nested too deep"), ('{"top1": ' + "9" * 5000 + "}", "a number with too many digits")],
+)
+def test_metrics_beyond_reading(run: Path, capsys: pytest.CaptureFixture[str], text: str, says: str) -> None:
+    (run / "metrics.json").write_text(text)
+    assert score.main([str(run)]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [[], {"protocol": []}, {"protocol": {"eval": 3}}])
+def test_an_evaluation_that_names_no_kinds(run: Path, value: object) -> None:
+    (run / "evaluation.json").write_text(json.dumps(value))
+    assert score.main([str(run)]) == (2 if value == [] else 0)
+
+
+def test_a_disk_that_refuses(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_more: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    for main, arguments, name in (
+        (score.main, ["--write"], "metrics.json"),
+        (report.main, [], "report.html"),
+    ):
+        assert main([str(run), *arguments]) == 2
+        assert capsys.readouterr().err.strip() == f"error: {run / name}: cannot be written (Read-only file system)"
 
 
 def test_no_predictions(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

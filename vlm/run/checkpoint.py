@@ -16,9 +16,7 @@ not in it: they come from their own source and are checked by hash. No random st
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,17 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm.config import differences, to_dict
-from vlm.distributed import barrier, share_object
+from vlm.distributed import barrier, from_main
+from vlm.files import replace_file, sync
 from vlm.models.system import System
 from vlm.run import zero_state
+from vlm.run.run_folder import read_json
 from vlm.types import UserError
+from vlm.weights import diff_keys, file_hash
 
 FORMAT = 1
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass(slots=True)
@@ -61,6 +63,8 @@ def save(root: Path, engine: Any, progress: Progress, about: dict[str, Any], *, 
         is_best: this one has the best metric so far.
     Returns:
         the folder.
+    Raises:
+        UserError: on every rank; it could not be written, or does not hold what trains. The one before it is intact.
     """
     final = root / f"step-{progress.step:08d}"
     weights: dict[str, Tensor] = {}
@@ -80,30 +84,27 @@ def save(root: Path, engine: Any, progress: Progress, about: dict[str, Any], *, 
             "best_step": progress.best_step,
             **about,
         }
+        shapes = _trained_shapes(engine)
+        own = shapes | {name: b.shape for name, b in buffers.items()}
+        adam = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in zero_state.MOMENTS}
+        want = {WEIGHTS: own, OPTIMIZER: adam}
+
+    def write() -> None:
         try:
-            shapes = _trained_shapes(engine)
-            own = shapes | {name: b.shape for name, b in buffers.items()}
-            adam = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in zero_state.MOMENTS}
-            want = {"model.safetensors": own, "optimizer.safetensors": adam}
             _write(root, final, {**weights, **buffers}, moments, state, engine.model.frozen_hash(), want)
             if is_best:
-                _point(root, "best", final.name)
-            _prune(root, keep)
-        except OSError as error:
-            _raise_on_all(
-                OSError(f"{final}: the checkpoint could not be written ({error}); the previous one is intact")
-            )
-        except UserError as error:
-            _raise_on_all(error)
-    _raise_on_all(None)
+                replace_file(root / "best", f"{final.name}\n".encode())
+        except (OSError, SafetensorError) as error:  # safetensors does not say OSError where the disk is full
+            raise UserError(
+                f"{final}: the checkpoint could not be written ({error}). What was saved before is intact: make "
+                "room, then the same command goes on from there"
+            ) from error
+        finally:
+            _remove_unfinished(root)
+        _prune(root, keep, final.name)
+
+    from_main(engine.world, write)
     return final
-
-
-def _raise_on_all(error: Exception | None) -> None:
-    """Rank 0 says whether the write failed; all ranks raise together, so none waits for the others."""
-    error = share_object(error)
-    if error is not None:
-        raise error
 
 
 def _trained_shapes(engine: Any) -> dict[str, Sequence[int]]:
@@ -114,8 +115,6 @@ def _trained_shapes(engine: Any) -> dict[str, Sequence[int]]:
 
 def _compare_contents(path: Path, want: Mapping[str, Sequence[int]]) -> None:
     """Open what was written and refuse it (UserError) if a tensor is not in it, or of another shape, or too many."""
-    from vlm.weights import diff_keys
-
     with safe_open(path, "pt") as file:
         have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     difference = diff_keys(have, want)
@@ -138,19 +137,19 @@ def _write(
 ) -> None:
     """Everything into a temporary folder, compared with what trains (`want`: file -> name -> shape), flushed to disk,
     then one rename; `latest` moves last."""
+    _remove_unfinished(root)
     temporary = root / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-    save_file(moments, temporary / "optimizer.safetensors", metadata={"format": "pt"})
-    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+    save_file(moments, temporary / OPTIMIZER, metadata={"format": "pt"})
+    (temporary / STATE).write_text(json.dumps(state, indent=1))
     for name, shapes in want.items():
         _compare_contents(temporary / name, shapes)
     files = {}
     for path in sorted(temporary.iterdir()):
         path.chmod(0o644)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _flush(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        sync(path)
     described = {
         name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in tensors.items()
     }
@@ -162,49 +161,34 @@ def _write(
         "files": files,
         "tensors": described,
     }
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    _flush(temporary / "manifest.json")
-    _flush(temporary)
-    if final.exists():  # the same step written again after a resume from an older checkpoint
-        shutil.rmtree(final)
+    replace_file(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+    if final.exists():  # a damaged one: the run went on from an older one and has come to this step again
+        final.rename(root / f".{final.name}.replaced")
     temporary.rename(final)
-    _flush(root)
-    _point(root, "latest", final.name)
+    sync(root)
+    replace_file(root / "latest", f"{final.name}\n".encode())
 
 
-def _point(root: Path, pointer: str, name: str) -> None:
-    temporary = root / f".{pointer}.tmp"
-    temporary.write_text(name + "\n")
-    _flush(temporary)
-    temporary.rename(root / pointer)
-    _flush(root)
+def _remove_unfinished(root: Path) -> None:
+    """Remove what failed and killed saves left behind: it takes the room that the next one needs."""
+    for folder in root.glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _prune(root: Path, keep: int, written: str) -> None:
+    """Remove all but the one just `written`, the `keep` - 1 before it and the best.
 
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _prune(root: Path, keep: int) -> None:
-    """Remove all but the `keep` newest and the best; also what a killed save left behind."""
-    kept = set(steps(root)[-keep:])
+    Those of later steps go too: the run could not go on from them (they are damaged) and makes these steps again.
+    """
+    kept = {written, *[name for name in steps(root) if name <= written][-keep:]}
     with contextlib.suppress(OSError):
         kept.add((root / "best").read_text().strip())
-    for folder in root.iterdir():
-        stale = folder.name.startswith(".step-") and folder.is_dir()
-        if stale or (folder.name.startswith("step-") and folder.name not in kept):
-            shutil.rmtree(folder)
+    for folder in root.glob("step-*"):
+        if folder.name not in kept:
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                print(f"{folder}: could not be removed ({error}); it is not needed any more", flush=True)
 
 
 def steps(root: Path) -> list[str]:
@@ -212,34 +196,45 @@ def steps(root: Path) -> list[str]:
     return sorted(p.name for p in root.glob("step-*") if (p / "manifest.json").is_file())
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
     """The manifest of a checkpoint after checking every file's size and hash.
 
+    Args:
+        needs: files without which it is of no use to the caller.
     Raises:
-        UserError: a file is missing, or its content is not what was written.
+        UserError: a file is missing or cannot be read, or its content is not what was written.
     """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        files = manifest["files"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{folder}: not a complete checkpoint (manifest.json: {error})") from error
+    manifest = read_json(folder / "manifest.json")
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder}: checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
-    for name, expected in files.items():
+        raise UserError(
+            f"{folder}/manifest.json: checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}"
+        )
+    files = manifest.get("files")
+    if not (isinstance(files, dict) and files and all(isinstance(entry, dict) for entry in files.values())):
+        raise UserError(f"{folder}/manifest.json: lists no files, so nothing can be checked; use another checkpoint")
+    for name in (*needs, *files):
         path = folder / name
-        if not path.is_file():
+        if name not in files or not path.is_file():
             raise UserError(f"{path}: is missing; use another checkpoint of the run")
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        try:
+            same = path.stat().st_size == files[name].get("bytes") and file_hash(path) == files[name].get("sha256")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if not same:
             raise UserError(f"{path}: content differs from the manifest (damaged on disk?); use another checkpoint")
     return manifest
 
 
 def newest(root: Path) -> tuple[Path, list[str]] | None:
-    """The newest complete and undamaged checkpoint, and a sentence for each newer one that had to be passed over."""
+    """The newest checkpoint that a run can go on from, and a sentence for each newer one that had to be passed over.
+
+    Raises:
+        UserError: there are checkpoints, and none is intact.
+    """
     passed_over: list[str] = []
     for name in reversed(steps(root)):
         try:
-            verify(root / name)
+            verify(root / name, (WEIGHTS, OPTIMIZER, STATE))
         except UserError as error:
             passed_over.append(str(error))
             continue
@@ -250,16 +245,27 @@ def newest(root: Path) -> tuple[Path, list[str]] | None:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder meant by `path`: itself, or what a run folder's or checkpoint folder's `latest` names.
+    """The checkpoint folder meant by `path`: itself, or what a run folder's or checkpoint folder's `latest` names; the
+    newest intact one where `latest` names none.
 
     Raises:
         UserError: nothing of the kind is there.
     """
+    if path.is_file():
+        raise UserError(
+            f"{path}: is a file, and a checkpoint of ours is a folder. If it is a published file, convert it first: "
+            f"python tools/convert_ckpt.py {path} FOLDER --from FORMAT --to vlm"
+        )
     if (path / "manifest.json").is_file():
         return path
     for root in (path, path / "checkpoints"):
-        if (root / "latest").is_file():
-            return root / (root / "latest").read_text().strip()
+        with contextlib.suppress(OSError):
+            named = root / (root / "latest").read_text().strip()
+            if (named / "manifest.json").is_file():
+                return named
+        found = newest(root)
+        if found is not None:
+            return found[0]
     raise UserError(f"{path}: is neither a checkpoint (manifest.json) nor a run folder with checkpoints/latest")
 
 
@@ -272,10 +278,8 @@ def load_weights(folder: Path, model: System) -> dict[str, Any]:
         UserError: damaged, names or shapes differ from the model, or the frozen weights are not those it was
             trained with.
     """
-    from vlm.weights import diff_keys
-
-    manifest = verify(folder)
-    tensors = load_file(folder / "model.safetensors")
+    manifest = verify(folder, (WEIGHTS,))
+    tensors = load_file(folder / WEIGHTS)
     want = {name: p for name, p in model.named_parameters() if p.requires_grad} | persistent_buffers(model)
     difference = diff_keys(tensors, want)
     other, contradictions = _other_settings(manifest, model)
@@ -296,7 +300,7 @@ def load_weights(folder: Path, model: System) -> dict[str, Any]:
     with torch.no_grad():
         for name, target in want.items():
             target.copy_(tensors[name])
-    state = folder / "state.json"
+    state = folder / STATE
     return json.loads(state.read_text()) if state.is_file() else {}
 
 
@@ -316,8 +320,8 @@ def _other_settings(manifest: dict[str, Any], model: System) -> tuple[list[str],
 
 def load_optimizer(folder: Path, engine: Any, state: dict[str, Any]) -> None:
     """Set master weights, moments and step count of a wrapped engine from a verified checkpoint. Collective."""
-    weights = load_file(folder / "model.safetensors")
-    moments = load_file(folder / "optimizer.safetensors")
+    weights = load_file(folder / WEIGHTS)
+    moments = load_file(folder / OPTIMIZER)
     zero_state.prime(engine)
     for name in weights.keys() & set(engine.names.values()):
         values = {"param": weights[name], **{kind: moments[f"{kind}/{name}"] for kind in zero_state.MOMENTS}}

@@ -18,7 +18,8 @@ import torch
 from vlm.config import to_dict
 from vlm.data.loader import TestItem, eval_loader
 from vlm.data.shards import ShardSet
-from vlm.distributed import World, gather_objects, share, share_object
+from vlm.distributed import World, from_main, gather_objects, share
+from vlm.files import write_json, write_text
 from vlm.metrics.classify import mean_probabilities
 from vlm.recipe import Recipe
 from vlm.run.checkpoint import Progress
@@ -44,14 +45,15 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
     say(f"evaluating {len(shards):,} records of {shards.path}")
     predictions, unscored, counters = score(recipe, engine, world, shards, recipe.eval.probes, say)
     lost = sum(row["lost"] for row in unscored)
-    metrics: dict[str, float] = {}
-    if world.is_main:
+
+    def write() -> dict[str, float]:
         if not predictions:
             raise UserError(f"{shards.path}: nothing could be scored: {unscored[:3]}")
-        metrics = metrics_of(predictions, recipe.eval.kinds)
-        _write_lines(folder / "predictions.jsonl", [_row(prediction) for prediction in predictions])
-        _write_lines(folder / "unscored.jsonl", unscored)
-        _write(folder / "metrics.json", metrics)
+        metrics = metrics_of(predictions, recipe.eval.kinds)  # type: ignore[union-attr]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "predictions.jsonl", _lines([_row(prediction) for prediction in predictions]))
+        write_text(folder / "unscored.jsonl", _lines(unscored))
+        write_json(folder / "metrics.json", metrics)
         about = {
             "shards": str(shards.path),
             "shards_fingerprint": shards.fingerprint,
@@ -62,10 +64,12 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
             "protocol": {"eval": to_dict(recipe.eval), "inputs": to_dict(recipe.inputs)},
             "seconds": time.monotonic() - started,
         }
-        _write(folder / "evaluation.json", about)
+        write_json(folder / "evaluation.json", about)
         for row in unscored[:10]:
             say(f"not scored: {row['key']}: {row['reason']}")
-    metrics = share_object(metrics)
+        return metrics
+
+    metrics = from_main(world, write)
     say("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) + f"  unscored {lost}")
     if any(counters.values()):
         say("  ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counters.items()))
@@ -76,7 +80,14 @@ def is_best(recipe: Recipe, engine: Any, world: World, progress: Progress, say: 
     """Evaluate without probes; whether the recipe's metric is the best so far (noted in `progress`)."""
     assert recipe.eval is not None
     predictions, unscored, _ = score(recipe, engine, world, ShardSet(recipe.eval.shards), (), say)
-    metrics = share_object(metrics_of(predictions, recipe.eval.kinds) if world.is_main else None)
+    kinds = recipe.eval.kinds
+
+    def measure() -> dict[str, float]:
+        if not predictions:
+            raise UserError(f"{recipe.eval.shards}: nothing could be scored: {unscored[:3]}")  # type: ignore[union-attr]
+        return metrics_of(predictions, kinds)
+
+    metrics = from_main(world, measure)
     if recipe.eval.metric not in metrics:
         raise UserError(f"eval.metric={recipe.eval.metric}: this evaluation has {', '.join(metrics)}")
     value = metrics[recipe.eval.metric]
@@ -199,13 +210,5 @@ def _listed(scores: np.ndarray) -> list[float]:
     return [round(float(value), 6) for value in scores]
 
 
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

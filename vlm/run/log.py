@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vlm.files import write_text
+from vlm.types import UserError
+
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -60,14 +63,23 @@ class RunLog:
             return
         path = run_dir / "metrics.jsonl"
         _drop_after(path, first_step)
-        self.stream = path.open("a", buffering=1)
+        try:
+            self.stream = path.open("a", buffering=1)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         self.wandb = _start_wandb(wandb_mode, run_dir, name, config)
 
     def step(self, row: dict[str, Any]) -> None:
         """Record one optimizer step; `row` has at least step, loss, lr, grad_norm, step_time, data_wait."""
         if not self.active:
             return
-        self.stream.write(json.dumps(row) + "\n")
+        try:
+            self.stream.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.stream.name}: step {row['step']} could not be written ({error.strerror}): make room, then the "
+                "same command goes on from the last checkpoint"
+            ) from error
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
         if row["step"] % self.every == 0 or row["step"] in (1, self.total_steps):
@@ -101,15 +113,13 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _duration(seconds: float) -> str:

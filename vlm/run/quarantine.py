@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from vlm.data.loader import MicroBatch
 from vlm.data.shards import ShardSet
 from vlm.distributed import World, gather_objects, share_object, sum_over_ranks
+from vlm.files import write_text
 from vlm.recipe import Recipe
 from vlm.types import Incident, UserError
 
@@ -61,12 +62,10 @@ class Quarantine:
         if not self._path.is_file():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["key"] in self.keys:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue
-        temporary = self._path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self._path)
+        write_text(self._path, "".join(kept))

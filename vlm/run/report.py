@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vlm.files import write_text
 from vlm.metrics.classify import class_accuracy, confusion_matrix
 from vlm.run.charts import Line, line_chart, matrix_chart, number, smooth
 from vlm.run.report_clips import TestClips, strips
@@ -113,7 +114,7 @@ def write_report(run_dir: Path) -> Path:
     """Write `run_dir`/report.html from the other files there (whole or not at all) and return its path.
 
     Raises:
-        UserError: no such folder.
+        UserError: no such folder, or it cannot be written.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -140,9 +141,7 @@ def write_report(run_dir: Path) -> Path:
         f"<body><h1>{escape(title)}</h1>{_problems(run)}{body}</body></html>\n"
     )
     path = run_dir / "report.html"
-    temporary = run_dir / ".report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
     return path
 
 
@@ -309,6 +308,9 @@ def _machine(run: RunFiles) -> str:
     facts: list[dict[str, Any]] = [
         {"what": key, "value": about[key]} for key in shown if about.get(key) not in (None, [])
     ]
+    for again in about.get("resumed") or []:
+        changed = "; ".join(map(str, _at(again, "changed") or []))
+        facts += [{"what": f"went on from step {_at(again, 'step')}", "value": changed}] if changed else []
     facts += [{"what": name, "value": version} for name, version in (about.get("versions") or {}).items()]
     return _table(["what", "value"], facts)
 

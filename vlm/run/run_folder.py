@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from vlm.metrics.choice import choice_metrics
 from vlm.metrics.classify import classification_metrics
 from vlm.types import Prediction, UserError
+
+LARGEST = sys.float_info.max  # JSON can hold whole numbers that no float can
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,9 +29,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: byte {error.start} is not UTF-8 text") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({_beyond(error)})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {type(value).__name__}, expected one JSON object")
     return value
+
+
+def _beyond(error: Exception) -> str:
+    """What is wrong with JSON that is written as it should be, and yet beyond what can be read."""
+    return "lists or objects nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
 def read_rows(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
@@ -51,6 +60,8 @@ def read_rows(path: Path, damaged: list[str] | None = None) -> list[dict[str, An
             problem = None if isinstance(row, dict) else f"holds {type(row).__name__}, expected a JSON object"
         except json.JSONDecodeError as error:
             problem = f"is not JSON ({error.msg})"
+        except (ValueError, RecursionError) as error:
+            problem = f"has {_beyond(error)}"
         if problem is None:
             rows.append(row)
         elif damaged is None:
@@ -72,8 +83,10 @@ def kinds_of(folder: Path) -> dict[str, list[str]]:
     path = folder / "evaluation.json"
     if not path.is_file():
         return {}
-    protocol = read_json(path).get("protocol", {})
-    return protocol.get("eval", {}).get("kinds", {}) if isinstance(protocol, dict) else {}
+    value: Any = read_json(path)
+    for name in ("protocol", "eval", "kinds"):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -114,6 +127,9 @@ def _prediction(row: dict[str, Any], classes: int | None) -> Prediction:
     asked = row.get("kind")
     if not (asked is None or isinstance(asked, str)):
         raise ValueError(f"kind is {asked!r:.60}, expected a text")
+    options = row.get("options") or []
+    if not isinstance(options, list):
+        raise ValueError(f"options is {options!r:.60}, expected a list")
     if classes is None or asked is not None:
         classes = len(row["scores"])  # questions may differ in their number of options
     for name, scores in {"scores": row["scores"], **probes}.items():
@@ -132,7 +148,7 @@ def _prediction(row: dict[str, Any], classes: int | None) -> Prediction:
         kind=asked,
         video=str(row.get("video", "")),
         question=str(row.get("question", "")),
-        options=[str(option) for option in row.get("options") or ()],
+        options=[str(option) for option in options],
     )
 
 
@@ -141,5 +157,5 @@ def _check_scores(name: str, scores: Any, classes: int) -> None:
         raise ValueError(f"{name} is {scores!r:.60}, expected a list of numbers")
     if len(scores) != classes:
         raise ValueError(f"{name} has {len(scores)} entries, expected {classes} (a score a class)")
-    if not all(isinstance(s, (int, float)) and not isinstance(s, bool) and math.isfinite(s) for s in scores):
+    if not all(isinstance(s, (int, float)) and not isinstance(s, bool) and abs(s) <= LARGEST for s in scores):
         raise ValueError(f"{name} holds something that is not a finite number")

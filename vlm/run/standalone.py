@@ -1,20 +1,19 @@
-"""Evaluation alone: a checkpoint of ours, or a published file of the same system, on a recipe's test shards."""
+"""Evaluation alone: a checkpoint of ours on a recipe's test shards. A published file is converted to one first
+(tools/convert_ckpt.py), or given as `model.init_from` and evaluated with --untrained where the system can read it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlm.config import to_dict
-from vlm.distributed import World, barrier
+from vlm.distributed import World, barrier, from_main
 from vlm.models.system import System
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, check_inputs
-from vlm.run import checkpoint, evaluate
-from vlm.run.log import command_line, git_commit, versions
+from vlm.run import checkpoint, evaluate, record
+from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
 from vlm.types import UserError
 
@@ -35,41 +34,25 @@ def evaluate_checkpoint(
         hardware: the DeepSpeed JSON (only its bf16 switch matters here), or {} for fp32.
         source: a checkpoint folder, or a run folder (its latest); None: the weights that training would begin with.
     Raises:
-        UserError: no test in the recipe; the checkpoint is damaged, absent or does not fit.
+        UserError: no test in the recipe; the checkpoint is damaged, absent or does not fit; `recipe.run_dir` holds a
+            training run or another evaluation.
     """
     if recipe.eval is None:
         raise UserError(f"{name} has no test (eval is none); evaluate a recipe that fine-tunes from it")
     check_inputs(recipe)
-    torch.manual_seed(recipe.seed)
-    model = recipe.model.build()
-    folder = None if source is None else checkpoint.resolve(source)
-    state = {"step": 0} if folder is None else checkpoint.load_weights(folder, model)
-    dtype = torch.bfloat16 if hardware.get("bf16", {}).get("enabled") else torch.float32
-    attention, sentence = choose_attention(world.device, dtype)
-    run_dir = recipe.run_dir
-    if world.is_main:
-        loaded = folder or "none: initial weights"
-        print(f"recipe {name}, checkpoint {loaded} (step {state.get('step', 'unknown')}), {sentence}", flush=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "recipe.json").is_file():
-            about = {
-                "recipe": name,
-                "config": to_dict(recipe),
-                "deepspeed": hardware,
-                "world_size": world.size,
-                "overrides": overrides,
-                "versions": versions(),
-                "git_commit": git_commit(),
-                "device": str(world.device),
-                "attention": attention,
-                "starter": world.starter,
-                "checkpoint": None if folder is None else str(folder),
-                "command": command_line(),
-            }
-            (run_dir / "recipe.json").write_text(json.dumps(about, indent=1))
-    barrier()
+    dtype = precision(hardware)
+    launch = Launch(recipe, name, overrides, hardware, world, choose_attention(world.device, dtype))
     say = (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)
-    evaluate.run(recipe, Replica(model, world, dtype), world, run_dir, say)
-    if world.is_main:
-        print(f"report: {write_report(run_dir)}", flush=True)
-    barrier()
+    with record.sole_run(recipe, world):
+        folder = None if source is None else from_main(world, lambda: checkpoint.resolve(source))
+        about = record.open_evaluation(launch, folder)
+        torch.manual_seed(recipe.seed)
+        model = recipe.model.build()
+        state = {"step": 0} if folder is None else checkpoint.load_weights(folder, model)
+        loaded = folder or "none: initial weights"
+        say(f"recipe {name}, checkpoint {loaded} (step {state.get('step', 'unknown')}), {launch.attention.sentence}")
+        record.write(launch, about)
+        evaluate.run(recipe, Replica(model, world, dtype), world, launch.folder, say)
+        report = from_main(world, lambda: write_report(launch.folder))
+        say(f"report: {report}")
+        barrier()

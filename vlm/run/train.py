@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from vlm.config import differences, to_dict
+from vlm.config import to_dict
 from vlm.data.loader import Samples, TrainLoader
 from vlm.data.order import batch_digest
 from vlm.data.rng import derive_seed
 from vlm.data.shards import ShardSet
-from vlm.distributed import World, barrier, share_object
+from vlm.distributed import World, barrier, from_main
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, check_inputs
-from vlm.run import checkpoint, evaluate
+from vlm.run import checkpoint, evaluate, record
 from vlm.run.audit import Audit
 from vlm.run.checkpoint import Progress
 from vlm.run.engine import Engine, StepResult, derive, zero_stage
-from vlm.run.log import RunLog, command_line, git_commit, versions
+from vlm.run.log import RunLog
 from vlm.run.optim import warmup_cosine
 from vlm.run.quarantine import Quarantine
+from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
 from vlm.run.throughput import Throughput
-from vlm.types import UserError
 
 
 def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, Any], world: World) -> None:
@@ -45,15 +42,22 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
     check_inputs(recipe)
     shards = ShardSet(recipe.data.shards)
     samples = len(Samples(shards, recipe.inputs))
-    total_steps = steps_of(recipe, samples)
     config = derive(hardware, recipe, world.size)
+    launch = Launch(recipe, name, overrides, config, world, choose_attention(world.device, precision(config)))
+    with record.sole_run(recipe, world):
+        _train(launch, shards, samples)
+
+
+def _train(launch: Launch, shards: ShardSet, samples: int) -> None:
+    """`train` in a run folder that no other process writes."""
+    recipe, world, folder = launch.recipe, launch.world, launch.folder
+    total_steps = steps_of(recipe, samples)
+    found, about = record.open_training(launch, shards.fingerprint)
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
-    attention, sentence = choose_attention(world.device, torch.bfloat16 if "bf16" in config else torch.float32)
-    folder = _prepare_run_dir(recipe, world, shards, name, overrides, config, attention)
-    found = _find_checkpoint(recipe.run_dir / "checkpoints", world)
     state = checkpoint.load_weights(found, model) if found else {}
-    engine = Engine(model, recipe, config, world)
+    record.write(launch, about)
+    engine = Engine(model, recipe, launch.deepspeed, world)
     if found:
         checkpoint.load_optimizer(found, engine, state)
     progress = _progress(state)
@@ -64,25 +68,22 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
         total_steps=total_steps,
         every=recipe.log_every,
         wandb_mode=recipe.wandb,
-        name=name,
+        name=launch.name,
         config=to_dict(recipe),
     )
-    log.say(_introduce(recipe, name, shards, samples, total_steps, config, world, model, sentence))
+    log.say(_introduce(launch, shards, samples, total_steps, model))
     if found:
         log.say(f"resuming from {found} (step {progress.step})")
     elif recipe.eval is not None and recipe.eval.at_start:
-        before = folder / "before_training"
-        if world.is_main:
-            before.mkdir(exist_ok=True)
-        evaluate.run(recipe, engine, world, before, say=log.say)
+        evaluate.run(recipe, engine, world, folder / "before_training", say=log.say)
 
     _train_steps(recipe, engine, shards, progress, total_steps, log)
 
     log.close()
     if recipe.eval is not None and recipe.eval.at_end:
         evaluate.run(recipe, engine, world, folder, say=log.say)
-    if world.is_main:
-        print(f"report: {write_report(folder)}", flush=True)
+    report = from_main(world, lambda: write_report(folder))
+    log.say(f"report: {report}")
     barrier()
 
 
@@ -122,7 +123,14 @@ def _train_steps(
         elapsed = time.monotonic() - started
         log.step(
             {
-                **_row(result, step, learning_rate(step), elapsed, data_wait, recipe, loader, world),
+                "step": progress.step,
+                "epoch": loader.order.epoch(step * recipe.global_batch_size),
+                **_measured(result),
+                "lr": learning_rate(step),
+                "step_time": elapsed,
+                "data_wait": data_wait,
+                "samples_per_s": recipe.global_batch_size / elapsed,
+                "batch_digest": batch_digest(loader.keys_of_step(step)) if world.is_main else "",
                 **throughput.row(micro_batches, elapsed),
                 "quarantined": len(quarantine.keys),
             }
@@ -142,30 +150,13 @@ def _train_steps(
     audit.finish()
 
 
-def _row(
-    result: StepResult,
-    step: int,
-    lr: float,
-    elapsed: float,
-    data_wait: float,
-    recipe: Recipe,
-    loader: TrainLoader,
-    world: World,
-) -> dict[str, Any]:
-    """The part of a metrics.jsonl line that every system has."""
-    keys = loader.keys_of_step(step) if world.is_main else []
+def _measured(result: StepResult) -> dict[str, Any]:
+    """What a step gave, as a line of metrics.jsonl says it."""
     return {
-        "step": step + 1,
-        "epoch": loader.order.epoch(step * recipe.global_batch_size),
         "loss": result.loss,
         "losses": result.losses,
         "counts": result.counts,
-        "lr": lr,
         "grad_norm": result.grad_norm,
-        "step_time": elapsed,
-        "data_wait": data_wait,
-        "samples_per_s": recipe.global_batch_size / elapsed,
-        "batch_digest": batch_digest(keys),
         **result.counters,
     }
 
@@ -210,118 +201,17 @@ def _about(recipe: Recipe, world: World, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _find_checkpoint(root: Path, world: World) -> Path | None:
-    """The newest intact checkpoint, decided by rank 0 for all; what it passed over is printed."""
-    found: Any = None
-    if world.is_main:
-        try:
-            newest = checkpoint.newest(root) if root.is_dir() else None
-            for sentence in newest[1] if newest else []:
-                print(f"passed over a damaged checkpoint: {sentence}", flush=True)
-            found = newest[0] if newest else None
-        except UserError as error:
-            found = error
-    found = share_object(found)
-    if isinstance(found, UserError):
-        raise found
-    return found
-
-
-# What may differ between the run that wrote a folder and the one that continues it, without changing its course.
-_MAY_CHANGE = (
-    "run_dir",
-    "log_every",
-    "wandb",
-    "audit_steps",
-    "checkpoint_every",
-    "checkpoint_keep",
-    "eval",
-    "data.workers",
-    "data.quarantine_share",
-)
-
-
-def _prepare_run_dir(
-    recipe: Recipe,
-    world: World,
-    shards: ShardSet,
-    name: str,
-    overrides: list[str],
-    config: dict[str, Any],
-    attention: str,
-) -> Path:
-    """Create the run folder and its recipe.json; refuse to continue another recipe's run in it."""
-    folder, complaint = recipe.run_dir, None
-    if world.is_main:
-        about = {
-            "recipe": name,
-            "config": to_dict(recipe),
-            "deepspeed": config,
-            "world_size": world.size,
-            "overrides": overrides,
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "device": _device_name(world),
-            "attention": attention,
-            "starter": world.starter,
-            "shards": shards.fingerprint,
-            "command": command_line(),
-        }
-        complaint = _compare(folder, about) if (folder / "checkpoints" / "latest").is_file() else None
-        if complaint is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / ".recipe.json.tmp"
-            temporary.write_text(json.dumps(about, indent=1))
-            temporary.replace(folder / "recipe.json")
-    complaint = share_object(complaint)
-    if complaint is not None:
-        raise UserError(complaint)
-    return folder
-
-
-def _compare(folder: Path, about: dict[str, Any]) -> str | None:
-    """Why the run in `folder` cannot be continued with these settings, or None."""
-    old = json.loads((folder / "recipe.json").read_text())
-    changed = [
-        text for text in differences(old["config"], about["config"]) if not text.split(":")[0].startswith(_MAY_CHANGE)
-    ]
-    if old["recipe"] != about["recipe"]:
-        changed.insert(0, f"recipe: {old['recipe']} -> {about['recipe']}")
-    if old["shards"] != about["shards"]:
-        changed.append(f"content of {about['config']['data']['shards']}: {old['shards']} -> {about['shards']}")
-    if not changed:
-        return None
-    return (
-        f"{folder} holds a run with other settings ({'; '.join(changed)}), and continuing it would mix the two: give "
-        "another run_dir=DIR, the old settings, or remove the folder"
-    )
-
-
-def _device_name(world: World) -> str:
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_name(world.device)
-    return f"cpu ({psutil.cpu_count(logical=False) or psutil.cpu_count()} cores)"
-
-
-def _introduce(
-    recipe: Recipe,
-    name: str,
-    shards: ShardSet,
-    samples: int,
-    total_steps: int,
-    config: dict[str, Any],
-    world: World,
-    model: torch.nn.Module,
-    attention: str,
-) -> str:
+def _introduce(launch: Launch, shards: ShardSet, samples: int, total_steps: int, model: torch.nn.Module) -> str:
+    recipe, config, world = launch.recipe, launch.deepspeed, launch.world
+    dtype = "bf16" if precision(config) == torch.bfloat16 else "fp32"
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     held = "" if samples == len(shards) else f"with {samples:,} questions "
     epochs = math.ceil(total_steps * recipe.global_batch_size / samples * 10) / 10
     return (
-        f"recipe {name}: {trainable:,} trainable and {frozen:,} frozen parameters\n"
-        f"world size {world.size} (started by {world.starter}) on {_device_name(world)}, ZeRO stage "
-        f"{zero_stage(config)}, {'bf16' if config.get('bf16', {}).get('enabled') else 'fp32'}, {attention}\n"
+        f"recipe {launch.name}: {trainable:,} trainable and {frozen:,} frozen parameters\n"
+        f"world size {world.size} (started by {world.starter}) on {launch.device_name}, ZeRO stage "
+        f"{zero_stage(config)}, {dtype}, {launch.attention.sentence}\n"
         f"{len(shards):,} records {held}in {shards.path}, {total_steps} steps of {recipe.global_batch_size} "
         f"({epochs} epochs), micro-batch {config['train_micro_batch_size_per_gpu']} x "
         f"{config['gradient_accumulation_steps']} accumulation"

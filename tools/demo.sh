@@ -38,6 +38,10 @@ if [ ! -f "$data/shards/train/manifest.json" ] || [ ! -f "$data/shards/test/mani
 fi
 
 run=$runs/$system
+if [ -f "$run/.lock" ] && command -v flock >/dev/null && ! flock -n "$run/.lock" true; then
+    echo "make demo: $(cat "$run/.lock") is writing $run: wait for it, or end it" >&2
+    exit 2
+fi
 if [ -f "$run/report.html" ]; then
     echo "make demo: keeping the finished run as $run.previous"
     rm -rf "$run.previous"

@@ -129,6 +129,7 @@ class Ask(NamedTuple):
     key: str
     truth: int | None  # class or option; None: not published
     kind: str | None = None  # kind of a question ("" where its dataset has none); None: it is no question
+    id: str = ""  # of a question, as its dataset calls it
     question: str = ""
     options: tuple[str, ...] = ()
 
@@ -266,5 +267,6 @@ class Prediction:
     probes: dict[str, list[float]] = field(default_factory=dict)
     kind: str | None = None  # kind of a question ("" where its dataset has none); None: a clip and its classes
     video: str = ""  # of a question: the record that it is about
+    id: str = ""  # of a question, as its dataset calls it
     question: str = ""
     options: list[str] = field(default_factory=list)

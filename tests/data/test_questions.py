@@ -49,7 +49,7 @@ def test_a_sample_is_a_question(records):
 def test_views_of_a_question(records):
     config = QuestionConfig(**SMALL, caption_target=CAPTION, caption_lead=False, caption_part="whole")
     example = train(config, records.read(2), part=1, views=("answer", "question", "caption"))
-    assert example.key == f"{records.key(2)}_1"
+    assert example.key == f"{records.key(2)}/1"
     rows = {view: rows[0] for view, rows in example.rows.items()}
     assert learnt(rows["answer"]) == "(B)"
     assert learnt(rows["question"]) == "What does dog 2 do at place 1?"
@@ -113,7 +113,7 @@ def test_a_test_batch_scores_every_option_once(records):
     assert [len(question) for question in batch.options.leaves] == [5] * 6
     assert sorted(set(batch.options.sources.tolist())) == list(range(8))
     asks = config.asks(record)
-    assert [(ask.key, ask.truth) for ask in asks] == [(f"{record.key}_{n}", n) for n in range(3)]
+    assert [(ask.key, ask.truth) for ask in asks] == [(f"{record.key}/{n}", n) for n in range(3)]
     assert asks[0].options == ("run", "sit", "eat", "jump", "hide")
 
 
@@ -138,6 +138,14 @@ def test_what_is_missing_is_named(records):
         train(QuestionConfig(**SMALL), records.read(0), views=("caption",))
     with pytest.raises(UserError, match="did you mean 'blind'"):
         QuestionConfig(**SMALL).all_views(records.read(0), SampleRng(0), ("blnd",))
+    damaged = records.read(0)
+    del damaged.annotation["questions"][0]["options"]
+    with pytest.raises(DecodeError, match="its questions are damaged"):
+        train(QuestionConfig(**SMALL), damaged)
+    damaged = records.read(0)
+    damaged.annotation["questions"][0]["span"] = [0.0, 1.0]
+    with pytest.raises(DecodeError, match="span_rule"):
+        train(QuestionConfig(**SMALL), damaged)
     untold = records.read(0)
     untold.annotation["questions"][0]["answer"] = None
     with pytest.raises(UserError, match="no published answer"):
@@ -186,5 +194,5 @@ def test_batches_follow_the_order_of_questions(records):
     flat = [key for step in alone for key in step]
     assert len(set(flat[:18])) == 18
     assert sorted(flat[:18]) == sorted(flat[18:])
-    assert [key.replace("/", "_") for key in loader.keys_of_step(0)] == list(alone[0])
+    assert loader.keys_of_step(0) == list(alone[0])
     assert keys(1)[0] == alone

@@ -41,7 +41,7 @@ def test_vamos_trains_and_is_tested_in_two_processes(folder, tmp_path):
     assert [name for name in FILES if not (out / name).is_file()] == []
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert len({row["key"] for row in rows}) == len(rows) == 18
-    assert {"kind", "question", "options", "video"} <= rows[0].keys()
+    assert {"kind", "question", "options", "video", "id"} <= rows[0].keys()
     metrics = read(out / "metrics.json")
     assert {"accuracy", "chance", "accuracy_blind", "accuracy_CH", "accuracy_C"} <= metrics.keys()
     assert metrics["chance"] == pytest.approx(0.2)

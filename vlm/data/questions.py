@@ -135,7 +135,7 @@ class QuestionConfig:
             )
             for view in visit.views
         }
-        key = record.key if visit.part is None else asked[0].id
+        key = record.key if visit.part is None else asked[0].key
         passages = () if picks is None else picks.passages
         return [Example(key=key, features=features, rows=rows, passages=passages, counters=counters)]
 
@@ -161,7 +161,8 @@ class QuestionConfig:
     def asks(self, record: Record) -> tuple[Ask, ...]:
         """The record's questions."""
         return tuple(
-            Ask(item.id, item.answer, item.kind, item.question, item.options) for item in self._items(record, test=True)
+            Ask(item.key, item.answer, item.kind, item.id, item.question, item.options)
+            for item in self._items(record, test=True)
         )
 
     def all_views(self, record: Record, rng: SampleRng, probes: Sequence[str]) -> dict[str, list[Example]]:
@@ -210,16 +211,21 @@ class QuestionConfig:
         return _tokenizer(self.tokenizer).vocab_size
 
     def _items(self, record: Record, test: bool = False) -> tuple[Item, ...]:
-        """The record's questions with ids that are unique in its shard set, and captions."""
+        """The record's questions with keys that are those of the order (vlm.data.loader.Samples), and captions."""
         context = target = ""
         if not test and self.caption is not None:
             context = without_lead(self._caption(record, self.caption))
         if not test and self.caption_target is not None:
             target = self._caption(record, self.caption_target)
             target = target if self.caption_lead else without_lead(target)
-        found = items(record.annotation, context=context, caption=target)
+        try:
+            found = items(record.annotation, context=context, caption=target)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DecodeError(
+                f"record {record.key!r} of {record.shard}: its questions are damaged ({error!r})"
+            ) from error
         return tuple(
-            replace(item, id=f"{record.key}_{item.id or number}", dialogue=item.dialogue if self.dialogue else "")
+            replace(item, key=f"{record.key}/{number}", dialogue=item.dialogue if self.dialogue else "")
             for number, item in enumerate(found)
         )
 
@@ -245,7 +251,12 @@ class QuestionConfig:
         return torch.from_numpy(np.stack(cuts)), [spans.index(item.span) for item in asked]
 
     def _cut(self, whole: np.ndarray, record: Record, span: tuple[float, float] | None) -> np.ndarray:
-        cut = cut_span(whole, record.annotation, span, whole=self.whole_spans)
+        try:
+            cut = cut_span(whole, record.annotation, span, whole=self.whole_spans)
+        except KeyError as error:
+            raise DecodeError(
+                f"record {record.key!r} of {record.shard}: its questions have spans, but its annotation has no {error}"
+            ) from error
         if len(cut) or span is None:
             return cut
         # no frame was seen within the span: the last one before its end
@@ -262,7 +273,7 @@ class QuestionConfig:
             return caption(replace(item, caption=text), skip=self.caption_skip)
         if item.answer is None:
             raise UserError(
-                f"question {item.id!r} has no published answer, so it cannot be trained on; use another split"
+                f"question {item.key!r} has no published answer, so it cannot be trained on; use another split"
             )
         return VIEWS[view](item, item.answer)
 

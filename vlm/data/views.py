@@ -35,7 +35,8 @@ class Item:
     options: tuple[str, ...]
     answer: int | None = None  # index of the right option; None: not published
     kind: str = ""
-    id: str = ""
+    id: str = ""  # as its dataset calls it
+    key: str = ""  # what identifies it among all questions of a shard set
     span: tuple[float, float] | None = None  # seconds of the video that the question is about; None: all of it
     dialogue: str = ""  # what is said in the span
     context: str = ""  # caption that `answer` may read

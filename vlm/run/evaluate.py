@@ -168,6 +168,7 @@ def _score_group(
                     probes={probe: own[probe] for probe in probes},
                     kind=ask.kind,
                     video="" if ask.kind is None else item.key,
+                    id=ask.id,
                     question=ask.question,
                     options=list(ask.options),
                 )
@@ -201,7 +202,7 @@ def _row(prediction: Prediction) -> dict[str, Any]:
     """A line of predictions.jsonl; clips have none of the fields of questions."""
     row = asdict(prediction)
     if prediction.kind is None:
-        for name in ("kind", "video", "question", "options"):
+        for name in ("kind", "video", "id", "question", "options"):
             del row[name]
     return row
 

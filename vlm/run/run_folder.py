@@ -147,6 +147,7 @@ def _prediction(row: dict[str, Any], classes: int | None) -> Prediction:
         probes=probes,
         kind=asked,
         video=str(row.get("video", "")),
+        id=str(row.get("id", "")),
         question=str(row.get("question", "")),
         options=[str(option) for option in options],
     )

@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint
+.PHONY: help env demo test test-slow bench lint
 
 SYSTEM ?= vit_llama
 # Where the demo puts its corpus and shards, and its runs.
@@ -12,6 +12,8 @@ DATA ?= data/demo
 RUNS ?= runs/demo
 # More arguments for pytest: make test PYTEST_ARGS='-k shards -x'
 PYTEST_ARGS ?=
+# More arguments for the benchmark: make bench BENCH_ARGS='--quick --json figures.json'
+BENCH_ARGS ?=
 
 # A process a core: the threads of several processes on few cores only wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -21,6 +23,7 @@ help:
 	@echo "make demo         render a corpus, train, evaluate, report (SYSTEM=vit_llama)"
 	@echo "make test         lint and the fast tests"
 	@echo "make test-slow    the rest: the demo for real, kill and resume, offload"
+	@echo "make bench        what packing and shared prefixes save against the original way (BENCH_ARGS='--quick --json FILE')"
 	@echo "make lint         ruff and mypy"
 
 env:
@@ -39,3 +42,6 @@ test: lint
 
 test-slow: env
 	.venv/bin/python -m pytest -m slow --durations=15 $(PYTEST_ARGS)
+
+bench: env
+	.venv/bin/python bench/vqa.py $(BENCH_ARGS)

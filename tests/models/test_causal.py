@@ -82,6 +82,20 @@ def test_words_are_scored_where_they_are_learnt_alone() -> None:
     assert seen[0] < sum(batch.views["answer"].lengths) / 2
 
 
+def test_the_last_block_works_where_its_output_is_read() -> None:
+    """Training: at the predictors; options of a question: at each place once, though several predict from it."""
+    model = Least()
+    seen: list[int] = []
+    model.llm.model.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    batch = small.batch()
+    model(batch)
+    tree = pack_trees(trees(questions()), small.FRAMES)
+    with torch.no_grad():
+        model.predict(Batch(keys=("q",), features=small.features(), options=tree))
+    assert seen == [batch.views["answer"].targets.numel(), len(set(tree.predictors.tolist()))]
+    assert seen[1] < tree.targets.numel()
+
+
 def questions(num_options: int = 3) -> list[list[Row]]:
     """Two questions on one video, one on another; an option is a letter and an end."""
     made = []
@@ -234,11 +248,15 @@ def test_cost_counts_what_is_computed() -> None:
     rows = batch.views["answer"]
     assert cost.tokens == sum(rows.lengths)
     linear = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
-    assert cost.frozen_flops == 2 * cost.tokens * linear + 2 * rows.targets.numel() * 32 * small.WORDS
+    words = 2 * rows.targets.numel() * 32 * small.WORDS
+    read = rows.targets.numel()
+    last = (cost.tokens - read) * (32 * 32 * 2 + 3 * 32 * 48)  # keys and values alone are needed everywhere
+    assert 2 * read < cost.tokens
+    assert cost.frozen_flops == 2 * (cost.tokens * linear - last) + words
     pairs = sum(n * (n + 1) / 2 for n in rows.lengths)
     prompts = 3 * 4 * (2 * 2 * 32 * 16 + 4 * cost.tokens * 32)
     projector = 2 * 2 * small.FRAMES * 32 * small.WIDTH
-    assert cost.trained_flops == 4 * pairs * 32 * 3 + prompts + projector
+    assert cost.trained_flops == 4 * (2 * pairs + read * cost.tokens) * 32 + prompts + projector
     shared = model.cost(replace(batch, views={"answer": pack_trees(trees(questions()), small.FRAMES)}))
     whole = model.cost(replace(batch, views={"answer": pack(separate(questions())[0], small.FRAMES)}))
     assert shared.tokens < whole.tokens

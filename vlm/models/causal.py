@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from vlm.models.system import Cost, System
 from vlm.nn.language import make_spans, make_wanted
-from vlm.nn.llama_layers import can_narrow
+from vlm.nn.llama_layers import can_narrow, last_block_savings
 from vlm.nn.splice import splice
 from vlm.types import Batch, Losses, LossTerm, TextRows, UserError
 
@@ -134,7 +134,7 @@ class CausalSystem(System):
             raise UserError(f"{', '.join(batch.keys)}: the text has places for video, but the batch has no features")
         text = self.fill(text, joined, batch)
         arguments = self.attention_arguments(names, rows)
-        narrow = places is not None and can_narrow(self.llm) and 2 * len(places) <= len(text)
+        narrow = places is not None and self._narrows(len(places), len(text))
         if places is not None and narrow:
             arguments["wanted"] = make_wanted(places, joined.lengths, joined.parents)
         hidden = self.llm.base_model(
@@ -147,6 +147,10 @@ class CausalSystem(System):
             **arguments,
         ).last_hidden_state[0]
         return hidden if places is None or narrow else hidden[places]
+
+    def _narrows(self, places: int, tokens: int) -> bool:
+        """Whether a pass for so many places is worth a narrowed last block, whose mask is places x tokens."""
+        return can_narrow(self.llm) and 2 * places <= tokens
 
     def read_at(
         self, names: Sequence[str], rows: Sequence[TextRows], places: Sequence[Tensor], batch: Batch
@@ -190,11 +194,16 @@ class CausalSystem(System):
         size = self.llm.config
         tokens = sum(rows.lengths)
         linear = sum(m.in_features * m.out_features for m in self.llm.base_model.modules() if isinstance(m, nn.Linear))
-        frozen = 2.0 * tokens * linear + 2.0 * rows.targets.numel() * size.hidden_size * size.vocab_size
+        # the last block's queries and feed-forward part run at the places that are read alone
+        places = min(tokens, sum(self.predictions_of(name, part) for name, part in batch.views.items()))
+        unread = tokens - places if self._narrows(places, tokens) else 0
+        saved = unread * last_block_savings(self.llm) if unread else 0
+        frozen = 2.0 * (tokens * linear - saved) + 2.0 * rows.targets.numel() * size.hidden_size * size.vocab_size
         pairs = sum(length * (length + 1) / 2 for length in rows.lengths)
         for length, parent in zip(rows.lengths, rows.parents):
             pairs += length * sum(rows.lengths[row] for row in _path(parent, rows.parents))
-        scores = 4.0 * pairs * size.hidden_size * size.num_hidden_layers
+        last = places * tokens if unread else pairs
+        scores = 4.0 * (pairs * (size.num_hidden_layers - 1) + last) * size.hidden_size
         return Cost(tokens, scores + self.trained_flops(batch, tokens), frozen)
 
     def trained_flops(self, batch: Batch, tokens: int) -> float:

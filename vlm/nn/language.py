@@ -212,11 +212,11 @@ def causal_attention(
             _repeat(project(rows).view(1, len(rows), -1, query.shape[3]).transpose(1, 2), repeats)
             for project in (module.k_proj, module.v_proj)
         )
+        prompt_value = gate.to(prompt_value.dtype) * prompt_value  # the gate of a head is that of all its outputs
         count = len(query)
-        prompted = attention(
+        out = out + attention(
             query, prompt_key.expand(count, -1, -1, -1), prompt_value.expand(count, -1, -1, -1), scale=scale
         )
-        out = out + gate.to(out.dtype) * prompted
     return out.transpose(1, 2), None
 
 
@@ -247,7 +247,8 @@ def _attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span], dropou
                 own_q, own_k, own_v, attn_mask=span.mask, dropout_p=dropout, scale=scale
             )
         )
-    return torch.cat(out, dim=2)
+    # kernels return (1, S, H, E) seen from another side, and that is how the output is read
+    return torch.cat([part.transpose(1, 2) for part in out], dim=1).transpose(1, 2)
 
 
 def _attend_batch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:

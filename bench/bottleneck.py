@@ -4,7 +4,7 @@
 
 Two tables. **Accuracy**: a tiny LLaMA, trained on text alone and frozen (moving_texts.py), answers questions about
 captions of some 45 tokens, of which a selector leaves so many as the row says; prompts, gates and selector are trained
-anew for each row, the selector for each question or (`caption only`) once for all questions of a caption. `all`: no
+anew for each row, the selector to choose for each `question` or once for all questions of a `caption`. `all`: no
 selector. `even`: no selector either, but the middle token of each segment. **Time**: a middle-sized LLaMA of random
 weights scores questions with captions as long as NExT-QA's (644 tokens), which is what the paper timed.
 
@@ -35,7 +35,15 @@ from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.vamos import SelectorConfig, Vamos, vamos
 from vlm.types import IGNORE, Batch, Example, Passage, Passages, Record, Visit
 
-KEPT = (None, 16, 8, 4, 2, 1)
+KEPT = (16, 8, 4, 2, 1)
+ROWS = (
+    (None, "whole"),
+    *((keep, "question") for keep in KEPT),
+    *((keep, chosen) for chosen in ("caption", "even") for keep in (8, 2)),
+)
+"""Tokens kept, and how they are chosen."""
+STEPS = 300
+"""Training steps of prompts, gates and selector, 32 questions each."""
 TRAIN_SEED, TEST_SEED = 1, 2
 CAPTION_LENGTH = 644
 """Tokens of an average caption that the paper read for NExT-QA, and …"""
@@ -57,7 +65,7 @@ def build(base: LlamaBaseConfig, keep: int | None, even: bool) -> Vamos:
     selector = None if keep is None else SelectorConfig(keep=keep, width=64, layers=2, heads=4)
     model = vamos(llama=base, use_video=False, adapter_len=4, selector=selector).build()
     if even:
-        model.selector = MiddleTokens()
+        model.add_module("selector", MiddleTokens())
     return model
 
 
@@ -159,35 +167,29 @@ def seconds_of(size: LlamaBaseConfig, keep: int | None, repeats: int) -> tuple[f
 
 
 def accuracy_table(quick: bool, folder: Path) -> list[dict[str, Any]]:
-    reader = Reader(videos=400, steps=20) if quick else Reader()
-    base = pretrain(reader, folder, lambda line: print(line, flush=True))
-    trained = records(64 if quick else 4000, TRAIN_SEED)
-    tested = records(10 if quick else 200, TEST_SEED)
-    steps = 5 if quick else 400
-    print(f"{'kept':>6} {'chosen':>14} {'accuracy':>9} {'ms a question':>14} {'tokens read':>12}")
+    base = pretrain(Reader(videos=400, steps=20) if quick else Reader(), folder, lambda line: print(line, flush=True))
+    learnt = records(64 if quick else 4000, TRAIN_SEED)
+    asked = records(10 if quick else 200, TEST_SEED)
+    print(f"{'kept':>6} {'chosen for':>12} {'accuracy':>9} {'ms a question':>14} {'tokens read':>12}")
     rows = []
-    for keep in KEPT:
-        for chosen in ("whole",) if keep is None else ("question", "caption", "even"):
-            for_ = chosen if chosen in ("question", "caption") else "question"
-            config = QuestionConfig(
-                tokenizer=folder / "tokenizer.model",
-                use_video=False,
-                caption=CAPTION,
-                max_length=400,
-                keep_tokens=keep,
-                select_for=for_,
-            )
-            if quick and chosen != "question" and keep is not None:
-                continue
-            model = build(base, keep, chosen == "even")
-            train(model, config, trained, steps, 32)
-            row = {"kept": keep, "chosen": chosen, **test(model, config, tested)}
-            rows.append(row)
-            print(
-                f"{'all' if keep is None else keep:>6} {chosen:>14} {row['accuracy']:9.3f} {1000 * row['cpu']:14.1f} "
-                f"{row['tokens_read']:12.1f}",
-                flush=True,
-            )
+    for keep, chosen in ((None, "whole"), *((keep, "question") for keep in KEPT)) if quick else ROWS:
+        config = QuestionConfig(
+            tokenizer=folder / "tokenizer.model",
+            use_video=False,
+            caption=CAPTION,
+            max_length=400,
+            keep_tokens=keep,
+            select_for="caption" if chosen == "caption" else "question",
+        )
+        model = build(base, keep, even=chosen == "even")
+        train(model, config, learnt, 5 if quick else STEPS, 32)
+        found = test(model, config, asked)
+        rows.append({"kept": keep, "chosen": chosen, **found})
+        print(
+            f"{keep or 'all':>6} {chosen:>12} {found['accuracy']:9.3f} {1000 * found['cpu']:14.1f} "
+            f"{found['tokens_read']:12.1f}",
+            flush=True,
+        )
     return rows
 
 

@@ -264,6 +264,7 @@ def pretrain(reader: Reader, folder: Path, report: Callable[[str], None]) -> Lla
         torch.optim.AdamW(others, lr=reader.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [cosine(optimizer, reader.steps) for optimizer in optimizers]
+    head: Any = model.lm_head
     draw = torch.Generator().manual_seed(reader.seed)
     right = 0.0
     for step in range(reader.steps):
@@ -272,7 +273,7 @@ def pretrain(reader: Reader, folder: Path, report: Callable[[str], None]) -> Lla
         ids = pad_sequence([line.ids for line in picked], batch_first=True)
         labels = pad_sequence([line.labels for line in picked], batch_first=True, padding_value=IGNORE)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[labels != IGNORE]
-        logits, targets = model.lm_head(hidden), labels[labels != IGNORE]
+        logits, targets = head(hidden), labels[labels != IGNORE]
         functional.cross_entropy(logits, targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules):

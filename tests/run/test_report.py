@@ -141,6 +141,16 @@ def test_page_is_whole_and_self_contained(run: Path) -> None:
     assert "Not everything could be read" not in words
 
 
+def test_what_changed_when_the_run_went_on_is_told(run: Path) -> None:
+    about = json.loads((run / "recipe.json").read_text())
+    resumed = [{"step": 40, "changed": ["world_size: 2 -> 4", "log_every: <10> -> 5"]}, {"step": 60, "changed": []}]
+    (run / "recipe.json").write_text(json.dumps({**about, "resumed": resumed}))
+    text = write_report(run).read_text()
+    assert "went on from step 40" in text
+    assert "world_size: 2 -&gt; 4; log_every: &lt;10&gt; -&gt; 5" in text
+    assert "went on from step 60" not in text
+
+
 def test_limits_say_which_are_kept(run: Path) -> None:
     text = write_report(run).read_text()
     assert '<span class="bad">✗ at least 0.85</span>' in text

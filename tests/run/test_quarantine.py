@@ -85,6 +85,16 @@ def test_two_processes_keep_one_ledger(clips, tmp_path):
     assert sorted(row["key"] for row in ledger(tmp_path / "run")) == sorted(undecodable(clips))
 
 
+def test_what_stops_one_rank_stops_all_with_its_reason(clips, tmp_path):
+    shards = listed(tmp_path, clips)
+    settings = ["epochs=1", "steps=none", "global_batch_size=2", "data.quarantine_share=0.5"]
+    settings += ["data.substitutes=0", "eval.at_end=false"]
+    printed = run(train_arguments(shards, tmp_path / "run", *settings), processes=2, expect=1)
+    assert "1 records in a row could not be used" in printed
+    assert "Connection closed" not in printed
+    assert "distributed_c10d" not in printed
+
+
 def test_real_clips_and_damaged_ones(realdata, tmp_path):
     videos = sorted((realdata / "videos").iterdir()) + sorted(
         p for p in (realdata / "bad").iterdir() if p.suffix == ".mp4"

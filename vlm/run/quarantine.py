@@ -31,14 +31,20 @@ class Quarantine:
         if world.is_main:
             self._forget_lost_work()
 
-    def add(self, micro_batches: Sequence[MicroBatch], step: int) -> None:
+    def add(self, micro_batches: Sequence[MicroBatch], step: int, problem: UserError | None = None) -> None:
         """Take note of what this step's loading met, on all ranks together.
 
+        Args:
+            problem: why this rank could not load the step at all; every rank then stops with it.
         Raises:
-            UserError: the share of unusable records exceeds data.quarantine_share.
+            UserError: the share of unusable records exceeds data.quarantine_share, or a rank has a problem.
         """
         mine = [incident for item in micro_batches if item.weight for incident in item.batch.incidents]
-        if not sum_over_ranks([float(len(mine))], self._world.device)[0]:
+        met, stopped = sum_over_ranks([float(len(mine)), float(problem is not None)], self._world.device)
+        if stopped:
+            told = gather_objects(None if problem is None else str(problem))
+            raise UserError(share_object(next(filter(None, told)) if told else None)) from problem
+        if not met:
             return
         gathered = gather_objects(mine)
         incidents: list[Incident] = share_object([i for part in gathered for i in part] if gathered else None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlm.config import to_dict
-from vlm.data.loader import Samples, TrainLoader
+from vlm.data.loader import MicroBatch, Samples, TrainLoader
 from vlm.data.order import batch_digest
 from vlm.data.rng import derive_seed
 from vlm.data.shards import ShardSet
@@ -27,6 +27,7 @@ from vlm.run.quarantine import Quarantine
 from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
 from vlm.run.throughput import Throughput
+from vlm.types import UserError
 
 
 def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, Any], world: World) -> None:
@@ -34,7 +35,7 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
 
     Args:
         recipe, name, overrides: the recipe, what it is called and what the command line changed.
-        hardware: the DeepSpeed JSON, read by vlm.run.engine.read_hardware.
+        hardware: the DeepSpeed JSON, read by vlm.run.hardware.read_hardware.
         world: this process among all.
     Raises:
         UserError: settings, files or data are wrong; FloatingPointError: the loss or gradient is not finite.
@@ -114,9 +115,9 @@ def _train_steps(
 
     for step in range(progress.step, total_steps):
         started = time.monotonic()
-        micro_batches = next(loader)
+        micro_batches, problem = _next(loader)
         data_wait = time.monotonic() - started
-        quarantine.add(micro_batches, step)
+        quarantine.add(micro_batches, step, problem)
         torch.manual_seed(derive_seed("step", recipe.seed, step, world.rank))
         result = engine.step(micro_batches, lr=learning_rate(step))
         progress.step = step + 1
@@ -159,6 +160,14 @@ def _measured(result: StepResult) -> dict[str, Any]:
         "grad_norm": result.grad_norm,
         **result.counters,
     }
+
+
+def _next(loader: TrainLoader) -> tuple[list[MicroBatch], UserError | None]:
+    """This rank's micro-batches of the next step; or why there are none, to be told to all ranks together."""
+    try:
+        return next(loader), None
+    except UserError as error:
+        return [], error
 
 
 def steps_of(recipe: Recipe, records: int) -> int:

@@ -1,0 +1,63 @@
+"""Stories: moving shapes told in words alone, from which the demo's language model learns to read.
+
+Nothing is drawn. A story is a scene of the grammar in vlm/sources/common_shapes.py, and instead of pictures it has, for
+each frame, a few words that tell it: "a red circle c 5" is a red circle in the third column and the fifth row of a
+grid. Stories come from seeds that no corpus of videos has, so none is about a video that a test asks about.
+
+    for story in stories(10_000, seed=0):
+        story.frames[0]  # ("a", "red", "circle", "c", "5")
+        story.annotation  # caption and questions, as of a video
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlm.sources.common_shapes import CLASSES, COLOURS, HEIGHT, NUM_CLASSES, NUM_FRAMES, SHAPES, WIDTH, Clip, plan
+from vlm.types import UserError
+
+NUM_TOLD = 8  # frames that are told, evenly spread over those of a clip
+COLUMNS = string.ascii_lowercase[:10]  # words for where a shape is, left to right …
+ROWS = string.digits[1:9]  # … and top to bottom
+FIRST_SEED = 2**40  # corpora are rendered from seeds below it
+ARTICLE = "a"  # stands in every frame
+
+Frame = tuple[str, ...]  # the words that tell a frame: article, colour, shape, column, row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Story:
+    """One scene in words."""
+
+    frames: tuple[Frame, ...]
+    annotation: dict[str, Any]
+
+
+def stories(number: int, seed: int) -> Iterator[Story]:
+    """`number` stories, rounded up to whole groups of one of each class. A pure function of the seed.
+
+    Raises UserError for a negative seed or one so large that a corpus may have it.
+    """
+    if not 0 <= seed < FIRST_SEED:
+        raise UserError(f"seed {seed} of stories: choose one from 0 to {FIRST_SEED - 1}")
+    rng = np.random.default_rng((FIRST_SEED + seed, len(CLASSES)))
+    for clip in plan("train", -(-number // NUM_CLASSES) * NUM_CLASSES, FIRST_SEED + seed):
+        yield Story(frames=_tell(clip, int(rng.integers(NUM_FRAMES // NUM_TOLD))), annotation=clip.annotation)
+
+
+def _tell(clip: Clip, first: int) -> tuple[Frame, ...]:
+    """Every third frame from the `first` on."""
+    places = clip.centres[first :: NUM_FRAMES // NUM_TOLD] / (WIDTH, HEIGHT) * (len(COLUMNS), len(ROWS))
+    return tuple((ARTICLE, clip.scene.colour, clip.scene.shape, COLUMNS[int(x)], ROWS[int(y)]) for x, y in places)
+
+
+def phrases() -> tuple[str, ...]:
+    """Every expression that scenes, captions, questions and options are made of, for a tokenizer to know as one."""
+    questions = ("Which way does the", "move?", "What colour is the shape that moves?", "What shape is it that moves?")
+    motions = tuple(motion.words for motion in CLASSES)
+    return (ARTICLE, "moves", *questions, *COLOURS, *SHAPES, "star", *motions, *COLUMNS, *ROWS)

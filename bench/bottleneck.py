@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from moving_texts import CAPTION, Reader, cosine, pretrain, records
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from vlm.data.packing import Row, pack_trees, share_prefixes
 from vlm.data.passages import Picks, gather_passages
@@ -42,7 +43,7 @@ ROWS = (
     *((keep, chosen) for chosen in ("caption", "even") for keep in (8, 2)),
 )
 """Tokens kept, and how they are chosen."""
-STEPS = 300
+STEPS = 250
 """Training steps of prompts, gates and selector, 32 questions each."""
 TRAIN_SEED, TEST_SEED = 1, 2
 CAPTION_LENGTH = 644
@@ -168,8 +169,8 @@ def seconds_of(size: LlamaBaseConfig, keep: int | None, repeats: int) -> tuple[f
 
 def accuracy_table(quick: bool, folder: Path) -> list[dict[str, Any]]:
     base = pretrain(Reader(videos=400, steps=20) if quick else Reader(), folder, lambda line: print(line, flush=True))
-    learnt = records(64 if quick else 4000, TRAIN_SEED)
-    asked = records(10 if quick else 200, TEST_SEED)
+    learnt = records(64 if quick else 1500, TRAIN_SEED)
+    asked = records(10 if quick else 140, TEST_SEED)
     print(f"{'kept':>6} {'chosen for':>12} {'accuracy':>9} {'ms a question':>14} {'tokens read':>12}")
     rows = []
     for keep, chosen in ((None, "whole"), *((keep, "question") for keep in KEPT)) if quick else ROWS:
@@ -215,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    disable_progress_bar()
     warnings.filterwarnings("ignore", "the frozen LLaMA has RANDOM weights")
     with tempfile.TemporaryDirectory() as folder:
         results = {"time": time_table(chosen.quick), "accuracy": accuracy_table(chosen.quick, Path(folder))}

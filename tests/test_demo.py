@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 from vlm.data.shards import ShardSet
+from vlm.recipe import load
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FILES = ("recipe.json", "metrics.jsonl", "metrics.json", "predictions.jsonl", "report.html")
 
 
-def start_demo(folder: Path) -> subprocess.Popen[str]:
+def start_demo(folder: Path, system: str = "vit_llama") -> subprocess.Popen[str]:
     variables = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")}
-    command = ["make", "demo", f"DATA={folder / 'data'}", f"RUNS={folder / 'runs'}"]
+    command = ["make", "demo", f"SYSTEM={system}", f"DATA={folder / 'data'}", f"RUNS={folder / 'runs'}"]
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
@@ -66,6 +67,49 @@ def test_demo(tmp_path: Path) -> None:
 
     assert_score_agrees(run)
     assert_second_call_spares_the_preparation(tmp_path, run)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One corpus and one language model for the systems that answer questions."""
+    return tmp_path_factory.mktemp("questions")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["vamos", "vico"])
+def test_demo_of_questions(shared: Path, system: str) -> None:
+    started = time.monotonic()
+    demo = start_demo(shared, system)
+    said = demo.communicate()[0]
+    minutes = (time.monotonic() - started) / 60
+    assert demo.returncode == 0, said[-6000:]
+    run = shared / "runs" / system
+    assert [name for name in FILES if not (run / name).is_file()] == []
+    assert said.rstrip().splitlines()[-1] == f"make demo: done; the report is {run / 'report.html'}"
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    print(f"make demo SYSTEM={system}: {minutes:.1f} minutes, {metrics}")
+    assert metrics["accuracy"] >= 0.85
+    assert metrics["accuracy_motion"] >= 0.85
+    assert metrics["chance"] == 0.25
+    assert metrics["accuracy_blind"] <= 0.4
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    test = ShardSet(shared / "data" / "shards_features" / "test")
+    assert len(predictions) == int(test.num_questions.sum()) >= 200
+    assert_score_agrees(run)
+    assert_only_the_small_set_was_trained(shared, run)
+
+
+def assert_only_the_small_set_was_trained(folder: Path, run: Path) -> None:
+    """The language model is, to the bit, the one that read text; the checkpoint holds prompts, gates and projector."""
+    last = (run / "checkpoints" / "latest").read_text().strip()
+    manifest = json.loads((run / "checkpoints" / last / "manifest.json").read_text())
+    config = json.loads((run / "recipe.json").read_text())["config"]
+    recipe = load(f"{run.name}.demo", [f"model.llama.path={folder / 'data' / 'llama'}"])
+    assert config["model"]["llama"]["path"] == str(recipe.model.llama.path)
+    assert recipe.model.build().frozen_hash() == manifest["frozen_hash"]
+    trained = {name.split(".")[0] for name in manifest["tensors"]}
+    assert trained <= {"adapter_query", "visual_proj", "temporal_emb", "layers"}
 
 
 def assert_score_agrees(run: Path) -> None:

@@ -28,13 +28,37 @@ if [ -f "$data/.made_from" ] && [ "$(cat "$data/.made_from")" != "$made_from" ];
 fi
 mkdir -p "$data"
 echo "$made_from" >"$data/.made_from"
-if [ ! -f "$data/shards/train/manifest.json" ] || [ ! -f "$data/shards/test/manifest.json" ]; then
+# ViT-LLaMA reads pixels; the others read features of frames, and a language model that has only ever read text.
+kind=shards
+if [ "$system" != vit_llama ]; then kind=shards_features; fi
+if [ ! -f "$data/$kind/train/manifest.json" ] || [ ! -f "$data/$kind/test/manifest.json" ]; then
     echo "make demo: rendering the moving-shapes corpus and making shards of it in $data"
     $python tools/render_shapes.py --out "$data/corpus" "${corpus[@]}"
+    encoder=demo
     for split in train test; do
-        $python tools/make_shards.py shapes --root "$data/corpus" --split $split --out "$data/shards/$split" \
-            "${sharding[@]}" --workers 2
+        features=()
+        if [ $kind = shards_features ]; then
+            features=(--annotations "$data/features/$split.safetensors")
+            $python tools/extract_features.py shapes --root "$data/corpus" --split $split --encoder "$encoder" \
+                --out "${features[1]}" --workers 2
+            encoder=$data/features/train.encoder.safetensors
+        fi
+        $python tools/make_shards.py shapes --root "$data/corpus" --split $split --out "$data/$kind/$split" \
+            "${sharding[@]}" --workers 2 "${features[@]}"
     done
+fi
+if [ $kind = shards_features ]; then
+    read_from=$(cat vlm/models/{text_base,story_rows,llama_base}.py vlm/sources/common_{stories,shapes}.py \
+        vlm/data/{views,prompts,tokenizers}.py tools/pretrain_text.py | cksum)
+    if [ -f "$data/.llama_made_from" ] && [ "$(cat "$data/.llama_made_from")" != "$read_from" ]; then
+        echo "make demo: the programs that made $data/llama have changed; removing it and making it again"
+        rm -rf "$data/llama"
+    fi
+    echo "$read_from" >"$data/.llama_made_from"
+    if [ ! -d "$data/llama" ]; then
+        echo "make demo: teaching a tiny LLaMA to read, on text alone"
+        OMP_NUM_THREADS=2 $python tools/pretrain_text.py --out "$data/llama"
+    fi
 fi
 
 run=$runs/$system
@@ -54,7 +78,10 @@ gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 if [ "$gpus" -lt 2 ]; then export DS_ACCELERATOR=cpu; fi # two processes need two GPUs, or none
 overrides=(run_dir="$run")
 if [ "$data" != data/demo ]; then
-    overrides+=(data.shards="$data/shards/train" eval.shards="$data/shards/test")
+    overrides+=(data.shards="$data/$kind/train" eval.shards="$data/$kind/test")
+    if [ $kind = shards_features ]; then
+        overrides+=(model.llama.path="$data/llama" inputs.tokenizer="$data/llama/tokenizer.model")
+    fi
 fi
 PATH=$PWD/.venv/bin:$PATH .venv/bin/deepspeed --num_gpus 2 launch/train.py \
     --deepspeed_config ds_configs/cpu.json --recipe "$system.demo" "${overrides[@]}"

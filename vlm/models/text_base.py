@@ -37,9 +37,9 @@ from vlm.types import IGNORE, UserError
 SETTINGS = "pretraining.json"  # in the folder: what it was made with and how well it reads
 TELL = {"caption": 0.7, "told": 0.3}
 """Share of each form in a batch while it learns to tell …"""
-CHOOSE = {"caption": 0.08, "told": 0.12, "judged": 0.35, "motion": 0.3, "colour": 0.1, "shape": 0.05}
+CHOOSE = {"caption": 0.05, "told": 0.08, "judged": 0.3, "motion": 0.38, "colour": 0.1, "shape": 0.09}
 """… and while it learns to choose."""
-DECAY = 0.4  # of the steps on choosing: in the last ones the rates fall to 0
+DECAY = 0.7  # of the steps on choosing: in the last ones the rates fall to 0
 TOLD = 0.03  # mean loss of the last steps at which telling is learnt
 TOGETHER = (("caption", "told"), ("judged", *KINDS))  # forms of about the same length: one pass each
 FORMAT = 1  # raise it when the same settings would make another model
@@ -67,7 +67,7 @@ class TextBaseConfig:
     """Further stories, to say how well it reads."""
     tell_steps: int = 800
     """Optimizer steps on telling alone, at most: they end when it is learnt."""
-    choose_steps: int = 800
+    choose_steps: int = 1600
     """Optimizer steps on choosing too."""
     batch_size: int = 64
     """Rows a step."""

@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from vlm.data.questions import QuestionConfig
+from vlm.models.glimpse import GlimpseEncoder
 from vlm.models.llama_base import llama
+from vlm.models.text_base import TextBaseConfig
 from vlm.models.vamos import SelectorConfig, vamos
-from vlm.recipe import EvalConfig, Recipe, TrainData
+from vlm.recipe import EvalConfig, OptimConfig, Recipe, TrainData
 from vlm.recipes import llama_vqa
 
 
@@ -94,6 +97,33 @@ def ptest_cap() -> Recipe:
 def ptest_vis_cap() -> Recipe:
     """Perception Test from frames and captions."""
     return _alternating(ptest_vis(), "llava_v15_13b_n6", run="ptest_vis_cap")
+
+
+def demo() -> Recipe:
+    """Moving shapes, asked about in words. A tiny LLaMA that learnt from text alone (tools/pretrain_text.py) stays as
+    it is; prompts, gates and a projector of frame features make it see."""
+    base = Path("data/demo/llama")
+    return Recipe(
+        model=vamos(
+            llama=TextBaseConfig().llama(base),
+            feature_dim=GlimpseEncoder.width,
+            num_frames=8,
+            projector="mlp",
+            adapter_len=8,
+        ),
+        inputs=QuestionConfig(tokenizer=base / "tokenizer.model", num_frames=8, feature_dim=GlimpseEncoder.width),
+        data=TrainData(shards="data/demo/shards_features/train", workers=1),
+        optim=OptimConfig(lr=5e-3, warmup_steps=20, betas=(0.9, 0.95), weight_decay=0.02, max_grad_norm=1.0),
+        views={"answer": 1.0},
+        global_batch_size=64,
+        steps=600,
+        eval=EvalConfig(
+            shards="data/demo/shards_features/test", workers=1, batch_size=16, probes=("blind",), metric="accuracy"
+        ),
+        run_dir=Path("runs/demo/vamos"),
+        checkpoint_every=200,
+        log_every=25,
+    )
 
 
 def debug() -> Recipe:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vlm.models.vamos import vico
 from vlm.recipe import EvalConfig, Recipe, TrainData
-from vlm.recipes import llama_vqa
+from vlm.recipes import llama_vqa, vamos
 
 
 def nextqa() -> Recipe:
@@ -68,6 +68,18 @@ def intentqa() -> Recipe:
         eval=EvalConfig(shards="data/intentqa/shards/test", kinds={"TN_TP": ("TN", "TP")}, metric="accuracy"),
         run_dir=Path("runs/vico/intentqa"),
         checkpoint_every=95,
+    )
+
+
+def demo() -> Recipe:
+    """Moving shapes, answered and described: `vamos.demo` with ViCo's model and views."""
+    recipe = vamos.demo()
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, temporal_embedding=True, video_bias=3.5),
+        inputs=dataclasses.replace(recipe.inputs, caption_target="shapes", caption_part="whole"),
+        views={"answer": 1.0, "caption": 0.5},
+        run_dir=Path("runs/demo/vico"),
     )
 
 

@@ -164,6 +164,12 @@ class Run:
         return shares
 
 
+# Before the first update losses are held to what a single step is. Then AdamW divides gradients by their own size, so
+# rounding is multiplied: equally valid orders of summation were seen to differ by 9e-5 in the loss of later batches.
+LATER_LOSS = {"rtol": 0.0, "atol": 3e-4}
+LATER_NORMS = {"rtol": 5e-4, "atol": 1e-7}
+
+
 @pytest.mark.parametrize("system", list(STEP_OF))
 def test_run(system: str, load_golden: Callable[[str], Any], golden: Callable[[str], Path]) -> None:
     run = Run(system, load_golden, golden)
@@ -174,25 +180,28 @@ def test_run(system: str, load_golden: Callable[[str], Any], golden: Callable[[s
     micros, updates = values["micro"], values["updates"]
     epoch_length = len(micros) // len(values["epochs"])
     assert len(micros) == len(updates) == epoch_length * args["epochs"]
+    updated = False
     for number, (micro, update) in enumerate(zip(micros, updates)):
+        loss, norms = (LATER_LOSS, LATER_NORMS) if updated else (t.LOSS, t.NORMS)
         if number % epoch_length == 0:
             optimizer.zero_grad(set_to_none=True)
         terms = model(run.micro_batch(micro))
         means = {view: weights.get(view, 1.0) * term.total / term.count for view, term in terms.items()}
         for (view, mean), want in zip(means.items(), micro["losses"], strict=True):
             assert_close(
-                float(mean.detach()), want, **t.LOSS, msg=lambda x, n=f"micro-batch {number}, {view}": f"{n}: {x}"
+                float(mean.detach()), want, **loss, msg=lambda x, n=f"micro-batch {number}, {view}": f"{n}: {x}"
             )
         (sum(means.values()) / args["accum_iter"]).backward()  # type: ignore[union-attr]
         assert update["stepped"] == ((number % epoch_length + 1) % args["accum_iter"] == 0)
         if update["stepped"]:
             reached = [p.grad for p in model.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(reached))
-            assert_close(norm, update["grad_norm"], **t.NORMS, msg=lambda x, n=number: f"micro-batch {n}: {x}")
+            assert_close(norm, update["grad_norm"], **norms, msg=lambda x, n=number: f"micro-batch {n}: {x}")
             for group in optimizer.param_groups:
                 group["lr"] = update["lr"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            updated = True
         if (number + 1) % epoch_length == 0:
             wanted = values["epochs"][number // epoch_length]["val"]
             for name, share in run.report().items():

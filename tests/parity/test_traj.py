@@ -208,7 +208,8 @@ def test_run(system: str, load_golden: Callable[[str], Any], golden: Callable[[s
                 assert share == pytest.approx(wanted[name], abs=1e-6), f"epoch {number // epoch_length}, {name}"
     after = model.state_dict()
     for name, want in values["adapter_final"].items():
-        assert_close(after[name], want, rtol=0.0, atol=1e-4, msg=lambda x, n=name: f"{n}: {x}")
+        assert_close(after[name], want, rtol=0.0, atol=1e-3, msg=lambda x, n=name: f"{n}: {x}")
+        assert float((after[name] - want).abs().mean()) < 2e-5, name
     moved = {n for n in values["adapter_final"] if not torch.equal(after[n], values["adapter_initial"][n])}
     assert moved == {n for n in values["adapter_final"] if not n.startswith("layers.") or _is_prompted(n, args, model)}
 

@@ -44,9 +44,9 @@ def test_what_is_no_unicode_is_written_all_the_same(tmp_path):
 @pytest.mark.parametrize("below", ["run", "sub/run"])
 def test_a_folder_below_a_file_is_named(tmp_path, below):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/.*run: cannot be written \(Not a directory\); give another run_dir"):
-        with sole_writer(tmp_path / "file" / below, "give another run_dir"):
-            pass
+    named = r"file/.*run: cannot be written \(Not a directory\); give another run_dir"
+    with pytest.raises(UserError, match=named), sole_writer(tmp_path / "file" / below, "give another run_dir"):
+        pass
     with pytest.raises(UserError, match=r"file: cannot be written \(File exists\)"), sole_writer(tmp_path / "file", ""):
         pass
 

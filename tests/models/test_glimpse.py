@@ -42,7 +42,7 @@ def test_place_colour_and_shape_can_be_read_off_by_a_linear_map(
     inputs = features["train"]
 
     def fitted(targets: np.ndarray) -> np.ndarray:
-        return features["test"] @ np.linalg.solve(inputs.T @ inputs + np.eye(65), inputs.T @ targets)
+        return features["test"] @ np.linalg.solve(inputs.T @ inputs + np.eye(35), inputs.T @ targets)
 
     centres = {split: np.concatenate([clip.centres[::3] for clip in some]) for split, some in clips.items()}
     errors = np.sqrt(((fitted(centres["train"]) - centres["test"]) ** 2).mean(0))
@@ -58,12 +58,27 @@ def test_place_colour_and_shape_can_be_read_off_by_a_linear_map(
 def test_features_depend_on_the_frame_alone(encoder: glimpse.GlimpseEncoder, clips: dict[str, list[Clip]]) -> None:
     frames = eight_frames(clips["test"][:4])
     features = encoder(frames)
-    assert features.shape == (32, glimpse.GlimpseEncoder.width) == (32, 64)
+    assert features.shape == (32, glimpse.GlimpseEncoder.frame_width) == (32, 34)
     assert features.dtype == torch.float32
     alone = torch.cat([encoder(frame[None]) for frame in frames])
     assert torch.equal(features, alone)
     empty = encoder(torch.zeros(1, 64, 80, 3, dtype=torch.uint8))
     assert empty.half().isfinite().all()
+
+
+def test_change_is_within_a_video(encoder: glimpse.GlimpseEncoder, clips: dict[str, list[Clip]]) -> None:
+    for clip in clips["test"][:8]:
+        frames = encoder(eight_frames([clip]))
+        joined = encoder.join(frames)
+        assert joined.shape == (8, glimpse.GlimpseEncoder.width) == (8, 38)
+        assert torch.equal(joined[:, :34], frames)
+        assert (joined[:, 34:] >= 0).all()
+        assert not joined[0, 34:].any(), "a video's first frame has none before it"
+        across, down = np.diff(clip.centres[::3], axis=0).T
+        seen = joined[1:, 34:].numpy()  # down, right, up, left
+        for gone, with_it, against in ((down, seen[:, 0], seen[:, 2]), (across, seen[:, 1], seen[:, 3])):
+            far = np.abs(gone) > 2
+            assert (np.sign(with_it - against)[far] == np.sign(gone)[far]).all()
 
 
 def test_same_frames_same_encoder_and_a_file_keeps_it(
@@ -78,14 +93,14 @@ def test_same_frames_same_encoder_and_a_file_keeps_it(
 
 
 def test_features_are_standardised(encoder: glimpse.GlimpseEncoder, clips: dict[str, list[Clip]]) -> None:
-    features = encoder(eight_frames(clips["train"]))
-    torch.testing.assert_close(features.mean(0), torch.zeros(64), atol=1e-4, rtol=0)
-    torch.testing.assert_close(features.var(0, unbiased=False), torch.ones(64), atol=1e-3, rtol=0)
+    features = encoder(eight_frames(clips["train"]))[:, :32]  # all but the place
+    torch.testing.assert_close(features.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.var(0, unbiased=False), torch.ones(32), atol=1e-3, rtol=0)
 
 
 def test_refusals(encoder: glimpse.GlimpseEncoder, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="63 frames are too few"):
-        glimpse.fit(torch.zeros(63, 64, 80, 3, dtype=torch.uint8))
-    torch.save({"where_mean": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="47 frames are too few"):
+        glimpse.fit(torch.zeros(47, 64, 80, 3, dtype=torch.uint8))
+    torch.save({"form_mean": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="as an encoder that `--encoder demo` fitted"):
         glimpse.load(tmp_path / "other.pth")

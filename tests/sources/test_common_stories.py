@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from vlm.sources.common_shapes import CLASSES, plan
-from vlm.sources.common_stories import COLUMNS, FIRST_SEED, NUM_TOLD, ROWS, phrases, stories
+from vlm.sources.common_stories import FIRST_SEED, NUM_TOLD, WAYS, phrases, stories
 from vlm.types import UserError
 
 
@@ -18,19 +18,18 @@ def test_a_story_tells_its_scene_frame_by_frame() -> None:
         look = story.annotation["attributes"]
         assert len(story.frames) == NUM_TOLD
         assert all(frame[:3] == ("a", look["colour"], look["shape"]) for frame in story.frames)
-        assert all(frame[3] in COLUMNS and frame[4] in ROWS for frame in story.frames)
+        assert all(frame[3] in WAYS for frame in story.frames)
+        assert story.frames[0][3] == "still", "nothing stands before the first frame"
 
 
 def test_the_words_move_as_the_class_says() -> None:
     for story in stories(80, seed=0):
         motion = CLASSES[story.annotation["label"]]
-        along = [(COLUMNS.index(frame[3]), ROWS.index(frame[4]))[motion.axis] for frame in story.frames]
-        rest = {(frame[3], frame[4])[1 - motion.axis] for frame in story.frames}
-        assert len(rest) == 1
-        steps = [after - before for before, after in pairwise(along) if after != before]
-        first = steps[0] > 0
-        assert first == motion.ascending
-        assert (steps[-1] > 0) == (motion.ascending ^ motion.returns)
+        forth = (("left", "right"), ("up", "down"))[motion.axis]
+        went = [frame[3] for frame in story.frames if frame[3] != "still"]
+        turns = [before for before, after in pairwise([*went, ""]) if after != before]
+        first = forth[motion.ascending]
+        assert turns == ([first, forth[not motion.ascending]] if motion.returns else [first])
 
 
 def test_stories_follow_from_the_seed_and_every_phrase_is_known() -> None:

@@ -1,14 +1,15 @@
-"""An encoder of frames for the demo: where the most striking thing is, and a glimpse of it, by principal components.
+"""An encoder of frames for the demo: a glimpse of the most striking thing, its place and how far that has gone.
 
 It sees pixels alone and is fitted without labels, in seconds. Striking is what differs in colour from the median of
-the frame. Features of a frame, each part standardised:
+the frame. Features of a frame:
 
-- where (32): its contrast, as a share of all, pooled on a coarse grid;
-- form (24): contrast in a window around its centre of mass;
-- colour (8): the colours at that centre.
+- form (24): principal components of the contrast in a window around its centre of mass, standardised;
+- colour (8): those of the colours at that centre, standardised;
+- place (2): the centre of mass, down and across;
+- change (4): how far that went down, right, up and left since the frame before of the same video; 0 in its first.
 
     encoder = fit(frames)                       # uint8 (n, 64, 80, 3) of training videos
-    features = encoder(frames)                  # (n, 64)
+    features = encoder.join(encoder(frames))    # (n, 34), and of the frames of one video (n, 38)
     save(encoder, Path("train.encoder.safetensors"))
 """
 
@@ -25,23 +26,26 @@ from vlm.types import UserError
 from vlm.weights import diff_keys, open_tensors, write_safetensors
 
 WIDTH, HEIGHT = 80, 64  # pixels
-GRID = (8, 10)  # cells down and across
 WINDOW = 24  # pixels of the glimpse's side, and …
 COLOUR_WINDOW = 8  # … of the part of it where colours are looked at
-PARTS = {"where": 32, "form": 24, "colour": 8}  # components of each
+PARTS = {"form": 24, "colour": 8}  # components of each
 FAINT = 0.1  # squared contrast, of the frame's strongest, that counts as background
+UNIT = 16.0  # pixels: the unit of `place`
+FEW = 2.0  # pixels: changes well beyond it count alike, and …
+STEEP = 6.0  # … for so much: a projector must find these four numbers among 34 others
 FRAMES_TO_FIT = 4096  # enough, and more cost time
 
 
 class GlimpseEncoder(nn.Module):
-    """`forward`: uint8 (n, 64, 80, 3) -> (n, 64) float32. Counted in float64: the same for any batch."""
+    """`forward`: uint8 (n, 64, 80, 3) -> (n, 34) float32. Counted in float64: the same for any batch."""
 
-    width = sum(PARTS.values())
+    frame_width = sum(PARTS.values()) + 2
+    width = frame_width + 4
     prepare = Stretch(width=WIDTH, height=HEIGHT)
 
     def __init__(self) -> None:
         super().__init__()
-        lengths = {"where": GRID[0] * GRID[1], "form": WINDOW**2, "colour": 3 * COLOUR_WINDOW**2}
+        lengths = {"form": WINDOW**2, "colour": 3 * COLOUR_WINDOW**2}
         for part, components in PARTS.items():
             self.register_buffer(f"{part}_mean", torch.zeros(lengths[part], dtype=torch.float64))
             self.register_buffer(f"{part}_basis", torch.zeros(lengths[part], components, dtype=torch.float64))
@@ -50,11 +54,20 @@ class GlimpseEncoder(nn.Module):
         state = dict(self.named_buffers())
         maps = look(frames)
         parts = [(maps[part] - state[f"{part}_mean"]) @ state[f"{part}_basis"] for part in PARTS]
-        return torch.cat(parts, dim=1).float()
+        return torch.cat([*parts, maps["place"]], dim=1).float()
+
+    def join(self, features: Tensor) -> Tensor:
+        """The features of one video's frames in their order, (n, 34) -> (n, 38): each with its change.
+
+        Changes beyond a few pixels count alike, and each direction has a number of its own.
+        """
+        place = features[:, -2:]
+        gone = (place.diff(dim=0, prepend=place[:1]).float() * UNIT / FEW).tanh() * STEEP
+        return torch.cat([features, gone.clamp_min(0).to(place.dtype), (-gone).clamp_min(0).to(place.dtype)], dim=1)
 
 
 def look(frames: Tensor) -> dict[str, Tensor]:
-    """uint8 frames (n, H, W, 3) -> float64 where (n, cells), form (n, pixels), colour (n, 3 * pixels)."""
+    """uint8 frames (n, H, W, 3) -> float64 form (n, pixels), colour (n, 3 * pixels), place (n, 2)."""
     pixels = frames.to(torch.float64) / 255
     some = pixels[:, 2::4, 2::4].flatten(1, 2)  # every sixteenth is enough for a median
     contrast = (pixels - some.median(dim=1).values[:, None, None]).norm(dim=-1)
@@ -63,16 +76,10 @@ def look(frames: Tensor) -> dict[str, Tensor]:
     weight = weight / weight.sum((1, 2), keepdim=True)
     rows, columns = (torch.arange(n, dtype=torch.float64, device=frames.device) for n in weight.shape[1:])
     down, across = (weight.sum(2) * rows).sum(1), (weight.sum(1) * columns).sum(1)
-    grid = torch.einsum("nhw,gh,kw->ngk", weight, _tents(rows, GRID[0]), _tents(columns, GRID[1]))
     form = _window(contrast[:, None], down, across, WINDOW)
     colour = _window(pixels.permute(0, 3, 1, 2), down, across, COLOUR_WINDOW)
-    return {"where": grid.flatten(1), "form": form.flatten(1), "colour": colour.flatten(1)}
-
-
-def _tents(pixels: Tensor, cells: int) -> Tensor:
-    """(cells, pixels): the share of each pixel that falls to each cell, between the centres of two linearly."""
-    places = (pixels + 0.5) / len(pixels) * (cells - 1)
-    return (1 - (places - torch.arange(cells, device=pixels.device)[:, None]).abs()).clamp_min(0)
+    place = torch.stack([down - len(rows) / 2, across - len(columns) / 2], dim=1) / UNIT
+    return {"form": form.flatten(1), "colour": colour.flatten(1), "place": place}
 
 
 def _window(maps: Tensor, down: Tensor, across: Tensor, side: int) -> Tensor:

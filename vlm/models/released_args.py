@@ -56,7 +56,7 @@ def released_args(family: str, model: Model) -> dict[str, Any]:
     inputs = model.run.get("inputs") or {}
     if family == "vamos" and inputs.get("use_video") is False and not inputs.get("blind_placeholders"):
         model.notes.append(
-            f"its rows have no places for video; the original's keep {args['max_feats']} of them, filled with the token "
+            f"its rows have no places for video; the original's keep {args['max_feats']} of them, filled with token "
             "0, so the same question is another row there (inputs.blind_placeholders trains with them)"
         )
     if model.run:

@@ -26,7 +26,7 @@ from vlm.types import IGNORE, Prompt, Text, Video
 
 KINDS = ("motion", "colour", "shape")
 """Forms of the view `answer`: one a kind of question."""
-VOCAB_SIZE = 669  # words of the tokenizer, which follows from the expressions alone
+VOCAB_SIZE = 653  # words of the tokenizer, which follows from the expressions alone
 FORMS = ("caption", "told", "judged", *KINDS)
 
 

@@ -37,9 +37,9 @@ from vlm.types import IGNORE, UserError
 SETTINGS = "pretraining.json"  # in the folder: what it was made with and how well it reads
 TELL = {"caption": 0.7, "told": 0.3}
 """Share of each form in a batch while it learns to tell …"""
-CHOOSE = {"caption": 0.05, "told": 0.08, "judged": 0.3, "motion": 0.38, "colour": 0.1, "shape": 0.09}
+CHOOSE = {"caption": 0.08, "told": 0.08, "judged": 0.28, "motion": 0.32, "colour": 0.1, "shape": 0.14}
 """… and while it learns to choose."""
-DECAY = 0.7  # of the steps on choosing: in the last ones the rates fall to 0
+DECAY = 0.4  # of the steps on choosing: in the last ones the rates fall to 0
 TOLD = 0.03  # mean loss of the last steps at which telling is learnt
 TOGETHER = (("caption", "told"), ("judged", *KINDS))  # forms of about the same length: one pass each
 FORMAT = 1  # raise it when the same settings would make another model
@@ -51,7 +51,7 @@ class TextBaseConfig:
 
     dim: int = 64
     """Width (D)."""
-    layers: int = 5
+    layers: int = 6
     """Blocks."""
     tell_layers: int = 3
     """How many of them, from below, learn to tell before the others are there."""
@@ -67,7 +67,7 @@ class TextBaseConfig:
     """Further stories, to say how well it reads."""
     tell_steps: int = 800
     """Optimizer steps on telling alone, at most: they end when it is learnt."""
-    choose_steps: int = 1600
+    choose_steps: int = 600
     """Optimizer steps on choosing too."""
     batch_size: int = 64
     """Rows a step."""
@@ -171,11 +171,20 @@ def initial_model(config: TextBaseConfig) -> LlamaForCausalLM:
     return model
 
 
-def predict(model: LlamaForCausalLM, rows: Rows, layers: int | None = None) -> tuple[Tensor, Tensor]:
-    """((Z, words) logits at what is to be predicted, (Z,) targets), row by row; by the lowest `layers` if given."""
+def predict(
+    model: LlamaForCausalLM, rows: Rows, layers: int | None = None, noise: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """((Z, words) logits at what is to be predicted, (Z,) targets), row by row; by the lowest `layers` if given.
+
+    `noise`: blur what tells the frames, each row by its own degree, so that the model also makes something of words
+    that are only half there: what a projector gives while it learns.
+    """
     embed = model.get_input_embeddings()
     x = embed(rows.ids)
     frames = embed(rows.words).sum(2) / math.sqrt(rows.words.shape[2])
+    if noise is not None:
+        degree = torch.rand(len(frames), 1, 1, generator=noise)
+        frames = frames + degree * torch.randn(frames.shape, generator=noise)
     x = torch.cat([x[:, : rows.first], frames, x[:, rows.first + frames.shape[1] :]], dim=1)
     whole = model.model.layers
     model.model.layers = whole[:layers]
@@ -206,6 +215,7 @@ def train(model: LlamaForCausalLM, tables: dict[str, Rows], config: TextBaseConf
         (torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0), config.lr),
     )
     draw = _Order(tables, config.seed)
+    blur = torch.Generator().manual_seed(config.seed)
 
     def step(shares: dict[str, float], factor: float, layers: int | None = None) -> float:
         for optimizer, peak in optimizers:
@@ -215,7 +225,8 @@ def train(model: LlamaForCausalLM, tables: dict[str, Rows], config: TextBaseConf
             parts = [draw(form, max(1, round(shares[form] * config.batch_size))) for form in group if form in shares]
             if parts:
                 rows = join(parts)
-                loss = functional.cross_entropy(*predict(model, rows, layers)) * (len(rows.ids) / config.batch_size)
+                share = len(rows.ids) / config.batch_size
+                loss = functional.cross_entropy(*predict(model, rows, layers, blur)) * share
                 loss.backward()
                 total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -39,7 +39,7 @@ class Listing(NamedTuple):
 class Work:
     """How features are computed; `encoder` lies on the device that is to compute."""
 
-    encoder: nn.Module  # uint8 (n, h, w, 3) -> (n, D)
+    encoder: nn.Module  # uint8 (n, h, w, 3) -> (n, D); may have `join`, from one video's features (n, D) to others
     prepare: Prepare
     fps: float
     batch_size: int  # frames
@@ -127,7 +127,7 @@ def _encode_share(videos: dict[str, Path], files: FeatureFiles, work: Work, prog
     """Features of these videos, written in parts. Returns those that have none."""
     keys = list(videos)
     rejected: list[Rejected] = []
-    saver = _Saver(files, work.save_every)
+    saver = _Saver(files, work.save_every, getattr(work.encoder, "join", lambda features: features))
     batcher = _Batcher(work)
     reading: dict[int, _Video] = {}
     frames = 0
@@ -196,8 +196,8 @@ class _Batcher:
 class _Saver:
     """Collects complete videos and writes a part when there are many, or after a time."""
 
-    def __init__(self, files: FeatureFiles, every: float) -> None:
-        self.files, self.every = files, every
+    def __init__(self, files: FeatureFiles, every: float, join: Callable[[Tensor], Tensor]) -> None:
+        self.files, self.every, self.join = files, every, join
         self.features: dict[str, Tensor] = {}
         self.warnings: dict[str, tuple[str, ...]] = {}
         self.videos = 0  # taken so far
@@ -208,7 +208,7 @@ class _Saver:
         for video in videos:
             if video.complete and video.rows:
                 assert video.end is not None
-                self.features[video.key] = torch.cat(video.rows)
+                self.features[video.key] = self.join(torch.cat(video.rows))
                 video.rows.clear()
                 if video.end.warnings:
                     self.warnings[video.key] = video.end.warnings

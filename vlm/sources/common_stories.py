@@ -1,33 +1,32 @@
 """Stories: moving shapes told in words alone, from which the demo's language model learns to read.
 
 Nothing is drawn. A story is a scene of the grammar in vlm/sources/common_shapes.py, and instead of pictures it has, for
-each frame, a few words that tell it: "a red circle c 5" is a red circle in the third column and the fifth row of a
-grid. Stories come from seeds that no corpus of videos has, so none is about a video that a test asks about.
+each frame, a few words that tell it: "a red circle left" is a red circle that has gone to the left since the frame
+before. Stories come from seeds that no corpus of videos has, so none is about a video that a test asks about.
 
     for story in stories(10_000, seed=0):
-        story.frames[0]  # ("a", "red", "circle", "c", "5")
+        story.frames[3]  # ("a", "red", "circle", "left")
         story.annotation  # caption and questions, as of a video
 """
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vlm.sources.common_shapes import CLASSES, COLOURS, HEIGHT, NUM_CLASSES, NUM_FRAMES, SHAPES, WIDTH, Clip, plan
+from vlm.sources.common_shapes import CLASSES, COLOURS, NUM_CLASSES, NUM_FRAMES, SHAPES, Clip, plan
 from vlm.types import UserError
 
 NUM_TOLD = 8  # frames that are told, evenly spread over those of a clip
-COLUMNS = string.ascii_lowercase[:10]  # words for where a shape is, left to right …
-ROWS = string.digits[1:9]  # … and top to bottom
 FIRST_SEED = 2**40  # corpora are rendered from seeds below it
+WAYS = ("left", "right", "up", "down", "still")  # words for how it went since the frame before
+STILL = 1.0  # pixels: less is no movement
 ARTICLE = "a"  # stands in every frame
 
-Frame = tuple[str, ...]  # the words that tell a frame: article, colour, shape, column, row
+Frame = tuple[str, ...]  # the words that tell a frame: article, colour, shape, way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +50,23 @@ def stories(number: int, seed: int) -> Iterator[Story]:
 
 
 def _tell(clip: Clip, first: int) -> tuple[Frame, ...]:
-    """Every third frame from the `first` on."""
-    places = clip.centres[first :: NUM_FRAMES // NUM_TOLD] / (WIDTH, HEIGHT) * (len(COLUMNS), len(ROWS))
-    return tuple((ARTICLE, clip.scene.colour, clip.scene.shape, COLUMNS[int(x)], ROWS[int(y)]) for x, y in places)
+    """Every third frame from the `first` on, each with the way the shape has gone since the one before."""
+    centres = clip.centres[first :: NUM_FRAMES // NUM_TOLD]
+    moves = np.diff(centres, axis=0, prepend=centres[:1])
+    return tuple((ARTICLE, clip.scene.colour, clip.scene.shape, _way(*move)) for move in moves)
+
+
+def _way(right: float, down: float) -> str:
+    """The word for a displacement in pixels."""
+    if max(abs(right), abs(down)) < STILL:
+        return "still"
+    if abs(right) > abs(down):
+        return "right" if right > 0 else "left"
+    return "down" if down > 0 else "up"
 
 
 def phrases() -> tuple[str, ...]:
     """Every expression that scenes, captions, questions and options are made of, for a tokenizer to know as one."""
     questions = ("Which way does the", "move?", "What colour is the shape that moves?", "What shape is it that moves?")
     motions = tuple(motion.words for motion in CLASSES)
-    return (ARTICLE, "moves", *questions, *COLOURS, *SHAPES, "star", *motions, *COLUMNS, *ROWS)
+    return (ARTICLE, "moves", *questions, *COLOURS, *SHAPES, "star", *motions, *WAYS)

@@ -164,7 +164,8 @@ def train(size: Size, length: int, steps: int, *, together: bool = False) -> Mea
             times.append(cpu)
         difference = max(difference, float((pairs[0][1] - pairs[1][1]).abs()))
         shares.append(padding(questions, length))
-    return Measured(*(median(times[1:]) for times in seconds), sum(shares) / len(shares), difference)
+    mine, its = (median(times[1:]) for times in seconds)
+    return Measured(mine, its, sum(shares) / len(shares), difference)
 
 
 def _step(model: torch.nn.Module) -> Callable[[Callable[[], Tensor]], Tensor]:

@@ -110,12 +110,14 @@ def demo() -> Recipe:
             num_frames=8,
             adapter_len=8,
         ),
-        inputs=QuestionConfig(tokenizer=base / "tokenizer.model", num_frames=8, feature_dim=GlimpseEncoder.width),
+        inputs=QuestionConfig(
+            tokenizer=base / "tokenizer.model", num_frames=8, feature_dim=GlimpseEncoder.width, share_questions=True
+        ),
         data=TrainData(shards="data/demo/shards_features/train", workers=1),
         optim=OptimConfig(lr=3e-2, warmup_steps=20, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0),
         views={"answer": 1.0},
-        global_batch_size=64,
-        steps=1000,
+        global_batch_size=32,
+        steps=1200,
         eval=EvalConfig(
             shards="data/demo/shards_features/test", workers=1, batch_size=16, probes=("blind",), metric="accuracy"
         ),

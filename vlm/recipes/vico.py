@@ -79,6 +79,7 @@ def demo() -> Recipe:
         model=dataclasses.replace(recipe.model, temporal_embedding=True, video_bias=3.5),
         inputs=dataclasses.replace(recipe.inputs, caption_target="shapes", caption_part="whole"),
         views={"answer": 1.0, "caption": 0.5},
+        steps=700,
         run_dir=Path("runs/demo/vico"),
     )
 

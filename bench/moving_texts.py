@@ -12,24 +12,22 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sentencepiece
 import torch
-from torch import Tensor
-from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
-from vlm.data.prompts import PromptEncoder
+from vlm.data.prompts import NEWLINE, PromptEncoder
 from vlm.data.tokenizers import SentencePieceTokenizer
 from vlm.data.views import VIEWS, Item
 from vlm.models.llama_base import LlamaBaseConfig
+from vlm.models.story_rows import FORMS, Rows, encode_rows, judged, told
+from vlm.models.text_base import TextBaseConfig, initial_model, measure, train
 from vlm.sources.common_shapes import CLASSES, COLOURS, NUM_CLASSES, SHAPES, plan
-from vlm.types import Record, Text
+from vlm.types import Prompt, Record, Text
 
 CAPTION = "long"
 FILLERS = (
@@ -50,6 +48,7 @@ class Video(NamedTuple):
     """A caption in words, and the corpus' questions."""
 
     words: tuple[str, ...]
+    told: str  # what of them tells the video
     questions: tuple[dict[str, Any], ...]
 
     @property
@@ -62,10 +61,11 @@ def videos(number: int, seed: int) -> Iterator[Video]:
     draw = random.Random(seed)
     for clip in plan("train", -(-number // NUM_CLASSES) * NUM_CLASSES, seed)[:number]:
         annotation, scene = clip.annotation, clip.scene
-        told = (scene.colour, scene.shape, "moves", CLASSES[annotation["label"]].words, ".")
-        sentences = [told, *(tuple(text.split()) for text in draw.sample(FILLERS, SENTENCES))]
+        telling = (scene.colour, scene.shape, "moves", CLASSES[annotation["label"]].words)
+        sentences = [(*telling, "."), *(tuple(text.split()) for text in draw.sample(FILLERS, SENTENCES))]
         draw.shuffle(sentences)
-        yield Video(tuple(word for sentence in sentences for word in sentence), tuple(annotation["questions"]))
+        words = tuple(word for sentence in sentences for word in sentence)
+        yield Video(words, " ".join(telling), tuple(annotation["questions"]))
 
 
 def records(number: int, seed: int) -> list[Record]:
@@ -85,10 +85,10 @@ def records(number: int, seed: int) -> list[Record]:
     ]
 
 
-def notes(video: Video, answer: str, draw: random.Random) -> str:
-    """The caption; three times in four without some words, but never without the answer."""
+def notes(video: Video, answers: Collection[str], draw: random.Random) -> str:
+    """The caption; three times in four without some words, but never without the answers."""
     share = draw.random() if draw.randrange(4) else 0.0
-    return " ".join(word for word in video.words if word == answer or draw.random() >= share)
+    return " ".join(word for word in video.words if word in answers or draw.random() >= share)
 
 
 # Tokens -----------------------------------------------------------------------------------------------
@@ -99,12 +99,21 @@ def make_tokenizer(file: Path) -> SentencePieceTokenizer:
     blank = Item(question="?", options=("",) * 4, answer=0, context="x")
     lines = [
         line
-        for segment in VIEWS["answer"](blank, 0)
+        for view in ("answer", "caption")
+        for segment in VIEWS[view](blank, 0)
         if isinstance(segment, Text)
         for line in (line.strip(" ?") for line in segment.text.split("\n"))
         if len(line) > 1
     ]
-    words = {word for text in FILLERS for word in text.split()} | {"moves", "move", "star", *COLOURS, *SHAPES}
+    words = {word for text in FILLERS for word in text.split()} | {
+        "moves",
+        "move",
+        "star",
+        "yes",
+        "no",
+        *COLOURS,
+        *SHAPES,
+    }
     words |= {*(motion.words for motion in CLASSES), *QUESTIONS}
     pieces = [*dict.fromkeys(lines), *(f"▁{word}".replace(" ", "▁") for word in sorted(words))]
     with file.open("wb") as out:
@@ -127,48 +136,48 @@ def make_tokenizer(file: Path) -> SentencePieceTokenizer:
 # The language model -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
-    """Sizes of the tiny LLaMA and of its training."""
+@dataclass(slots=True, kw_only=True)
+class Reader(TextBaseConfig):
+    """Sizes of the tiny LLaMA and of its training: as the demo's, on videos that are captions."""
 
-    dim: int = 64
-    layers: int = 4
-    heads: int = 4
-    hidden: int = 160
-    videos: int = 4000
-    steps: int = 900
-    batch: int = 48
-    lr: float = 1e-2
-    matrix_lr: float = 2e-2
+    stories: int = 4000
+    held_out: int = 100
     seed: int = 1_000_003  # of its videos: no other part of the benchmark has it
+    words: int = 0  # of its tokenizer
 
-    def llama(self, path: Path | None, words: int) -> LlamaBaseConfig:
-        return LlamaBaseConfig(
-            path=path,
-            dim=self.dim,
-            layers=self.layers,
-            heads=self.heads,
-            hidden=self.hidden,
-            vocab_size=words,
-            rope_theta=100.0,
-        )
+    def llama(self, path: Path | None) -> LlamaBaseConfig:
+        """See `TextBaseConfig.llama`."""
+        return replace(TextBaseConfig.llama(self, path), vocab_size=self.words)
 
 
-def lines_of_text(reader: Reader, tokenizer: SentencePieceTokenizer) -> tuple[list[Tensor], Tensor]:
-    """Prompts up to the letter of the answer, short ones first, and the letters."""
+def encode_videos(tokenizer: SentencePieceTokenizer, number: int, seed: int, *, whole: bool = False) -> dict[str, Rows]:
+    """The rows of each form (vlm/models/story_rows.py) about `number` videos: with notes, or with `whole` captions."""
     encoder = PromptEncoder(tokenizer=tokenizer, num_video_tokens=0)
-    draw = random.Random(reader.seed)
-    found = []
-    for video in videos(reader.videos, reader.seed):
-        for asked in video.questions:
-            options, answer = tuple(asked["options"]), asked["answer"]
-            context = notes(video, options[answer], draw)
-            item = Item(question=asked["question"], options=options, answer=answer, context=context)
-            ids, other = (encoder.encode(VIEWS["answer"](item, n)).ids for n in (answer, (answer + 1) % len(options)))
-            place = next(i for i, (a, b) in enumerate(zip(ids, other)) if a != b)
-            found.append((torch.tensor(ids[:place]), ids[place]))
-    found.sort(key=lambda line: len(line[0]))
-    return [ids for ids, _ in found], torch.tensor([letter for _, letter in found])
+    draw = random.Random(seed)
+    found: dict[str, list[Prompt]] = {form: [] for form in FORMS}
+    for video in videos(number, seed):
+        answers = [asked["options"][asked["answer"]] for asked in video.questions]
+        shown = video.caption if whole else notes(video, answers, draw)
+        found["caption"].append(_described(shown, video))
+        for asked, right in zip(video.questions, answers):
+            shown = video.caption if whole else notes(video, [right], draw)
+            item = Item(
+                question=asked["question"], options=tuple(asked["options"]), answer=asked["answer"], context=shown
+            )
+            answer = VIEWS["answer"](item, asked["answer"])
+            found[asked["kind"]].append(answer)
+            found["told"].append(told(answer, item))
+            found["judged"].append(judged(answer, item))
+    no_frames = {form: torch.zeros(len(prompts), 0, 1, dtype=torch.int64) for form, prompts in found.items()}
+    return {form: encode_rows(encoder, prompts, no_frames[form]) for form, prompts in found.items()}
+
+
+def _described(shown: str, video: Video) -> Prompt:
+    """Caption or notes -> the sentence of it that tells the video."""
+    blank = Item(question="?", options=(), context=shown, caption=f"a {video.told}")
+    place = VIEWS["caption"](blank, 0).index(NEWLINE) + 1
+    context = (Text("Video: ", apart=True), Text(shown), Text("\n"))
+    return (*VIEWS["caption"](blank, 0)[:place], *context, *VIEWS["caption"](blank, 0)[place:])
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -182,44 +191,17 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sched
 def pretrain(reader: Reader, folder: Path, report: Callable[[str], None]) -> LlamaBaseConfig:
     """Train the LLaMA on text and write it into `folder` (a Hugging Face folder), where its tokenizer.model is."""
     tokenizer = make_tokenizer(folder / "tokenizer.model")
-    lines, letters = lines_of_text(reader, tokenizer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the frozen LLaMA has RANDOM weights")
-        model = reader.llama(None, tokenizer.vocab_size).build()
-    words: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    model.requires_grad_(True)
-    model.config._attn_implementation = "sdpa"
-    with torch.no_grad():  # as the demo's: it learns in minutes when queries and keys start large
-        words.weight.normal_(generator=torch.Generator().manual_seed(0))
-        head.weight.mul_(0.5)
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(2)
-            layer.self_attn.k_proj.weight.mul_(2)
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=reader.matrix_lr, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=reader.lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    schedules = [cosine(optimizer, reader.steps) for optimizer in optimizers]
-    draw = torch.Generator().manual_seed(reader.seed)
-    right = 0.0
-    for step in range(reader.steps):
-        known = int(len(lines) * min(1.0, max(0.12, (step / reader.steps - 0.3) / 0.4)))  # one learns by short ones
-        picked = torch.randint(known, (reader.batch,), generator=draw).tolist()
-        ids = pad_sequence([lines[i] for i in picked], batch_first=True)
-        last = torch.tensor([len(lines[i]) for i in picked]) - 1
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[torch.arange(len(picked)), last]
-        logits, targets = head(hidden), letters[picked]
-        functional.cross_entropy(logits, targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        right = 0.95 * right + 0.05 * float((logits.argmax(1) == targets).float().mean())
-        if (step + 1) % 50 == 0:
-            report(f"language model, step {step + 1} of {reader.steps}: {right:.2f} of its text's answers right")
+    reader = replace(reader, words=tokenizer.vocab_size)
+    model = initial_model(reader)
+
+    def tell(done: int, most: int, how: str) -> None:
+        if done % 50 == 0 or done == most:
+            report(f"language model, step {done} of {most}: {how}")
+
+    train(model, encode_videos(tokenizer, reader.stories, reader.seed), reader, tell)
+    for whole in (False, True):
+        rows = encode_videos(tokenizer, reader.held_out, reader.seed + 1, whole=whole)
+        right = ", ".join(f"{form} {measure(model, rows[form]):.2f}" for form in FORMS)
+        report(f"it reads {'whole captions' if whole else 'notes'}: {right}")
     model.save_pretrained(folder)
-    return reader.llama(folder, tokenizer.vocab_size)
+    return reader.llama(folder)

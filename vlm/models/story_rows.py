@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlm.data.prompts import NEWLINE, PromptEncoder
+from vlm.data.prompts import PromptEncoder
 from vlm.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from vlm.data.views import VIEWS, Item, items
 from vlm.sources.common_stories import NUM_TOLD, Frame, phrases, stories
@@ -63,43 +63,47 @@ def encode_stories(tokenizer: Tokenizer, number: int, seed: int) -> dict[str, Ro
             assert item.answer is not None
             answer = VIEWS["answer"](item, item.answer)
             found[item.kind].append((answer, story.frames))
-            found["told"].append((_told(answer, item), story.frames))
+            found["told"].append((told(answer, item), story.frames))
             if item.kind != "shape":
-                found["judged"].append((_judged(answer, item), story.frames))
-    words = {word for _, told in found["caption"] for frame in told for word in frame}
+                found["judged"].append((judged(answer, item), story.frames))
+    words = {word for _, frames in found["caption"] for frame in frames for word in frame}
     ids = {word: _one(tokenizer, word) for word in words}
-    return {form: _rows(encoder, ids, several) for form, several in found.items()}
+    return {
+        form: encode_rows(
+            encoder,
+            [prompt for prompt, _ in several],
+            torch.tensor([[[ids[word] for word in frame] for frame in frames] for _, frames in several]),
+        )
+        for form, several in found.items()
+    }
 
 
-def _told(answer: Prompt, item: Item) -> Prompt:
-    """Video and question -> the right option's words."""
+def told(answer: Prompt, item: Item) -> Prompt:
+    """Video (and caption) and question -> the right option's words. `answer`: the view's prompt of this item."""
     assert item.answer is not None
-    question = _ask(answer).partition("\n")[0]
-    return (*_until_question(answer), Text(question, apart=True), Text(f" {item.options[item.answer]}\n", learn=True))
+    before, ask = _question_of(answer)
+    question = ask._replace(text=ask.text.partition("\n")[0])
+    return (*before, question, Text(f" {item.options[item.answer]}\n", learn=True))
 
 
-def _judged(answer: Prompt, item: Item) -> Prompt:
-    """Video, question and each option -> yes or no."""
-    head, *rest = _ask(answer).split("\n(")
-    prompt = [*_until_question(answer), Text(head, apart=True)]
+def judged(answer: Prompt, item: Item) -> Prompt:
+    """Video (and caption), question and each option -> yes or no. `answer`: the view's prompt of this item."""
+    before, ask = _question_of(answer)
+    head, *rest = ask.text.split("\n(")
+    prompt: list[Text | Video] = [*before, ask._replace(text=head)]
     options = [option.partition("\n")[0] for option in rest]
     for place, option in enumerate(options):
         prompt += [Text(f"\n({option}"), Text(" yes" if place == item.answer else " no", learn=True)]
     return tuple(prompt)
 
 
-def _until_question(answer: Prompt) -> Prompt:
-    """Instruction, video and the line end."""
-    place = answer.index(NEWLINE) + 1
-    assert isinstance(answer[1], Video)
-    return answer[:place]
-
-
-def _ask(answer: Prompt) -> str:
-    """Question and choices."""
-    text = answer[answer.index(NEWLINE) + 1]
-    assert isinstance(text, Text)
-    return text.text
+def _question_of(answer: Prompt) -> tuple[Prompt, Text]:
+    """What stands before the question, and question and choices."""
+    *before, ask, letter = answer
+    assert isinstance(ask, Text)
+    assert isinstance(letter, Text)
+    assert letter.learn
+    return tuple(before), ask
 
 
 def _one(tokenizer: Tokenizer, word: str) -> int:
@@ -108,17 +112,18 @@ def _one(tokenizer: Tokenizer, word: str) -> int:
     return found[0]
 
 
-def _rows(encoder: PromptEncoder, ids: dict[str, int], several: list[tuple[Prompt, tuple[Frame, ...]]]) -> Rows:
-    encoded = [encoder.encode(prompt) for prompt, _ in several]
+def encode_rows(encoder: PromptEncoder, prompts: Sequence[Prompt], words: Tensor) -> Rows:
+    """Prompts as rows. `words`: (R, F, words of a frame) int64 ids; F is 0 where rows have no frames."""
+    encoded = [encoder.encode(prompt) for prompt in prompts]
     shape = (len(encoded), max(len(tokens.ids) for tokens in encoded))
     rows = Rows(
         ids=torch.zeros(shape, dtype=torch.int64),
         labels=torch.full(shape, IGNORE),
-        words=torch.tensor([[[ids[word] for word in frame] for frame in told] for _, told in several]),
+        words=words,
         first=encoded[0].video[0],
     )
     for at, tokens in enumerate(encoded):
-        assert tokens.video[0] == rows.first
+        assert tokens.video == (rows.first, rows.first + words.shape[1])
         rows.ids[at, : len(tokens.ids)] = torch.tensor(tokens.ids)
         rows.labels[at, : len(tokens.labels)] = torch.tensor(tokens.labels)
     return rows

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -63,10 +63,11 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def index_dtype(key_bytes: int, members: Sequence[str], questions: bool = False) -> np.dtype:
+def index_dtype(key_bytes: int, members: Sequence[str], questions: bool = False, tokens: bool = False) -> np.dtype:
     """One packed row a record. Offsets are bytes from the start of the tar; a member that is absent has -1, 0.
 
-    `questions`: records hold several questions, and a column counts them.
+    `questions`: records hold several questions, and a column counts them. `tokens`: a column counts the tokens of
+    their annotation text.
     """
     columns: list[tuple[str, str]] = [
         ("key", f"S{key_bytes}"),  # as encode_key writes it
@@ -83,20 +84,28 @@ def index_dtype(key_bytes: int, members: Sequence[str], questions: bool = False)
     ]
     if questions:
         columns.append(("questions", "<i4"))
+    if tokens:
+        columns.append(("tokens", "<i4"))
     for member in members:
         columns += [(f"{member}_offset", "<i8"), (f"{member}_nbytes", "<i8")]
     return np.dtype(columns)
 
 
+def texts(annotation: Any) -> Iterator[str]:
+    """All texts in an annotation, its keys left out."""
+    if isinstance(annotation, str):
+        yield annotation
+    elif isinstance(annotation, Mapping):
+        for value in annotation.values():
+            yield from texts(value)
+    elif isinstance(annotation, Sequence):
+        for value in annotation:
+            yield from texts(value)
+
+
 def text_length(annotation: Any) -> int:
     """Characters of all texts in an annotation, its keys not counted."""
-    if isinstance(annotation, str):
-        return len(annotation)
-    if isinstance(annotation, Mapping):
-        return sum(text_length(value) for value in annotation.values())
-    if isinstance(annotation, Sequence):
-        return sum(text_length(value) for value in annotation)
-    return 0
+    return sum(map(len, texts(annotation)))
 
 
 def to_json(value: Any, **options: Any) -> bytes:

@@ -43,6 +43,7 @@ class ShardSet:
         self._sizes: tuple[int, ...] = tuple(shard["bytes"] for shard in manifest["shards"])
         self.members: tuple[str, ...] = tuple(manifest["members"])
         self._counts_questions = "questions" in manifest["counts"]
+        self._counts_tokens = "tokens" in manifest["counts"]
         hashes = ",".join(shard["sha256"] for shard in manifest["shards"])
         self.fingerprint = hashlib.sha256(f"{layout.FORMAT}/{layout.VERSION}:{hashes}".encode()).hexdigest()
         _check_sizes(self.path, manifest)
@@ -58,13 +59,13 @@ class ShardSet:
             raise UserError(f"{self.path / layout.INDEX} cannot be opened ({error}); {_MEND}") from error
         found = self.index.dtype
         key_bytes = found["key"].itemsize if "key" in (found.names or ()) else 0
-        expected = layout.index_dtype(max(1, key_bytes), self.members, self._counts_questions)
+        expected = layout.index_dtype(max(1, key_bytes), self.members, self._counts_questions, self._counts_tokens)
         if found != expected or self.index.ndim != 1:
             raise UserError(f"{self.path / layout.INDEX} has columns {found}, not {expected}; {_MEND}")
         self._files = _OpenFiles()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "members", "fingerprint", "_sizes", "_counts_questions")
+        kept = ("path", "members", "fingerprint", "_sizes", "_counts_questions", "_counts_tokens")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,6 +94,14 @@ class ShardSet:
     def num_questions(self) -> np.ndarray:
         """(rows,) int32: questions of each record; zeros where the set has none. Mapped, where there are some."""
         return self.index["questions"] if self._counts_questions else np.broadcast_to(np.int32(0), len(self))
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """(rows,) int32, mapped: tokens of annotation text of each record; None where none were counted (--tokenizer).
+
+        Which tokenizer counted them, and its hash, is the manifest's `tokenizer`.
+        """
+        return self.index["tokens"] if self._counts_tokens else None
 
     @property
     def shard_names(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -224,6 +225,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = path / "tokenizer.model"
     first = _read(path).split(b"\n", 1)[0]
     return TiktokenTokenizer(path) if _is_rank(first) else SentencePieceTokenizer(path)
+
+
+def content_hash(path: str | Path) -> str:
+    """sha256 of what `load_tokenizer` reads, wherever it lies. UserError: it cannot be read."""
+    path = Path(path)
+    kinds = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*")
+    inside = sorted({file for kind in kinds for file in path.glob(kind) if file.is_file()})
+    digest = hashlib.sha256()
+    for file in inside if path.is_dir() else [path]:
+        digest.update(b"" if file == path else file.name.encode())
+        digest.update(hashlib.sha256(_read(file)).digest())
+    return digest.hexdigest()
 
 
 def _read(file: Path) -> bytes:

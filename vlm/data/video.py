@@ -132,25 +132,40 @@ def frames_at(data: Source, fps: float, warnings: list[str]) -> Iterator[np.ndar
         reader = _FrameReader(stream, container)
         nominal = _nominal_fps(stream)
         step = 1 / nominal if nominal else 0.0
-        first, shown, start, now, count = None, None, 0.0, 0.0, 0  # start: the container's time of second 0
-        for frame in reader:
-            next_time = 0.0 if shown is None else now + step
-            if frame.time is not None:
-                if shown is None or not _LEAPS[0] < frame.time - start - now <= _LEAPS[1]:
-                    start = frame.time - next_time
-                next_time = max(now, frame.time - start)
+        first, shown, now, count = None, None, 0.0, 0
+        for next_time, frame in _clocked(reader, step):
             while shown is not None and count / fps < next_time - _TICK:
                 yield _to_rgb(shown, first, reader.count - 2)
                 count += 1
             first, shown, now = first or frame, frame, next_time
         if shown is None:
             raise DecodeError(f"no frame of the video stream decodes ({reader.stopped or 'the stream is empty'})")
-        last = float(shown.duration * shown.time_base) if shown.duration and shown.time_base else step
-        now += last if last <= _LEAPS[1] else step
+        now += _shown_for(shown, step)
         while count / fps < now - _TICK or not count:
             yield _to_rgb(shown, first, reader.count - 1)
             count += 1
         warnings += _header_warnings(container, stream, reader, now)
+
+
+def all_frames(data: Source, warnings: list[str]) -> Iterator[tuple[float, float, np.ndarray]]:
+    """Every frame, in order: (seconds since the first, seconds it is on show, uint8 (H, W, 3) as from `decode`).
+
+    Decoded once, none kept; the seconds are 0.0 where the container has no times and no rate. `warnings` gets what
+    `inspect` would warn of; DecodeError as from `decode`.
+    """
+    with _opened(data) as (container, stream):
+        reader = _FrameReader(stream, container)
+        nominal = _nominal_fps(stream)
+        step = 1 / nominal if nominal else 0.0
+        first, shown, now = None, None, 0.0
+        for next_time, frame in _clocked(reader, step):
+            if shown is not None:
+                yield now, next_time - now, _to_rgb(shown, first, reader.count - 2)
+            first, shown, now = first or frame, frame, next_time
+        if shown is None:
+            raise DecodeError(f"no frame of the video stream decodes ({reader.stopped or 'the stream is empty'})")
+        yield now, _shown_for(shown, step), _to_rgb(shown, first, reader.count - 1)
+        warnings += _header_warnings(container, stream, reader, now + _shown_for(shown, step))
 
 
 def check_decoders(data: Source, info: VideoInfo) -> tuple[str, ...]:
@@ -290,6 +305,28 @@ class _FrameReader:
                 return
             self.count += 1
             yield frame
+
+
+def _clocked(reader: _FrameReader, step: float) -> Iterator[tuple[float, Any]]:
+    """(seconds since the first frame, frame) by the frames' own times, which never run back.
+
+    `step`: seconds that go by where a frame has no time, or where the container's clock leaps.
+    """
+    start, now, begun = 0.0, 0.0, False  # start: the container's time of second 0
+    for frame in reader:
+        next_time = now + step if begun else 0.0
+        if frame.time is not None:
+            if not begun or not _LEAPS[0] < frame.time - start - now <= _LEAPS[1]:
+                start = frame.time - next_time
+            next_time = max(now, frame.time - start)
+        begun, now = True, next_time
+        yield now, frame
+
+
+def _shown_for(frame: Any, step: float) -> float:
+    """Seconds that the last frame of a stream is on show."""
+    last = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else step
+    return last if last <= _LEAPS[1] else step
 
 
 def _quarter_turns(frame: Any) -> tuple[int, int]:

@@ -52,10 +52,10 @@ def test_every_cut_is_an_error_that_names_the_place(
         file.write_text(text[:end])
         with pytest.raises(UserError, match=r"items.json is not JSON \(line \d+, column \d+: ") as error:
             objects(file)
-        try:
+        with pytest.raises(json.JSONDecodeError) as expected:
             json.loads(text[:end])
-        except json.JSONDecodeError as expected:
-            assert expected.lineno - 1 <= int(str(error.value).split("line ")[1].split(",")[0]) <= expected.lineno
+        line = int(str(error.value).split("line ")[1].split(",")[0])
+        assert expected.value.lineno - 1 <= line <= expected.value.lineno
 
 
 def test_damage_in_the_middle_is_named_at_once(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
     file = tmp_path / "items.json"
     item = json.dumps({"image_id": "GCC_train_000000000", "caption": "a man on a horse " * 5})
     file.write_text('{"annotations": [' + ", ".join([item] * 30_000) + "]}")
-    assert file.stat().st_size > 4 * 2**20
+    assert file.stat().st_size > 3 * 2**20
     monkeypatch.setattr(common_json, "_CHUNK", 2**16)
     tracemalloc.start()
     count = sum(1 for _ in read_items(file, ("annotations",)))
@@ -116,7 +116,7 @@ def test_single_items_are_rejected_and_the_others_stay(tmp_path: Path) -> None:
 def test_damaged_files(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "items.json"
     file.write_text(content)
-    with pytest.raises(UserError, match="items.json") as error:
+    with pytest.raises(UserError, match=r"items\.json") as error:
         objects(file, ("annotations",))
     assert message in str(error.value)
 

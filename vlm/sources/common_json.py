@@ -1,4 +1,4 @@
-"""JSON files of a million items, read item after item: a buffer of the file and one item are in memory, not the file."""
+"""JSON files of a million items, read item after item: in memory are a piece of the file and one item."""
 
 from __future__ import annotations
 

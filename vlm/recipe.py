@@ -73,15 +73,23 @@ class TrainData:
     """Where training records come from."""
 
     shards: str
-    """Folder that tools/make_shards.py wrote."""
+    """Folder that tools/make_shards.py wrote; several with their shares of the samples: A:100,B:24 (without shares, by
+    their sizes)."""
+    pack_length: int | None = None
+    """Put samples together in packs of up to so many tokens, planned from the index; a pack then is what
+    global_batch_size counts. None: no packs."""
     workers: int = 4
     """Loader processes a rank; 0: load in the training process. Does not change the order."""
     quarantine_share: float = 0.005
-    """The run stops when more than this share of the records has turned out to be unusable."""
+    """The run stops when more than this share of the records of a shard has turned out to be unusable."""
     substitutes: int = 16
     """How many substitutes to try, one after the other, for an unusable record."""
+    gone: Literal["stop", "quarantine"] = "stop"
+    """What a shard means that vanished in training. quarantine: its records are unusable ones."""
 
     def __post_init__(self) -> None:
+        if self.pack_length is not None:
+            _require(self.pack_length >= 1, "data.pack_length", self.pack_length, "1 or more, or none")
         for name in ("workers", "substitutes"):
             _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "0 or more")
         _require(0 <= self.quarantine_share <= 1, "data.quarantine_share", self.quarantine_share, "from 0 to 1")

@@ -138,8 +138,12 @@ class Incident(NamedTuple):
     """A record that could not be used at run time: a row of the quarantine ledger."""
 
     key: str
-    shard: str
+    shards: str  # folder or address of its shard set
+    shard: str  # file name
+    offset: int  # bytes from the start of the shard, and …
+    nbytes: int  # … how many
     reason: str
+    attempts: int  # how often it was tried
     replaced_by: str  # key of the record that took its place
     position: int  # position in the endless training order at which it was met
 

@@ -11,6 +11,7 @@ import torch
 from vlm.data.loader import TrainLoader, eval_loader, plan_step
 from vlm.data.order import batch_digest
 from vlm.data.shards import ShardSet
+from vlm.data.stream import Source, Stream
 from vlm.data.video import DecodeError
 from vlm.types import Batch, Example, UserError
 
@@ -42,6 +43,9 @@ class Fussy:
     def parts(self, shards):
         return None
 
+    def lengths(self, shards):
+        return None
+
     def train(self, record, rng, visit):
         if record.key in self.broken:
             raise DecodeError("made to fail")
@@ -56,8 +60,8 @@ def load(shards, world, workers, pipeline, start=0, stop=6, batch=10):
     steps = []
     loaders = [
         TrainLoader(
-            shards, pipeline, views=["label"], seed=3, global_batch_size=batch, world_size=world, rank=rank,
-            micro_batch_size=2, start_step=start, stop_step=stop, workers=workers,
+            Stream([Source(shards)], 3, pipeline), pipeline, views=["label"], global_batch_size=batch, world_size=world,
+            rank=rank, micro_batch_size=2, start_step=start, stop_step=stop, workers=workers,
         )
         for rank in range(world)
     ]  # fmt: skip
@@ -118,8 +122,8 @@ def test_nothing_but_broken_records_is_an_error_with_reasons(shards):
 
 def test_logged_digest_is_of_the_planned_keys(shards):
     loader = TrainLoader(
-        shards, Fussy(), views=["label"], seed=3, global_batch_size=10, world_size=1, rank=0, micro_batch_size=10,
-        start_step=0, stop_step=2, workers=0,
+        Stream([Source(shards)], 3), Fussy(), views=["label"], global_batch_size=10, world_size=1, rank=0,
+        micro_batch_size=10, start_step=0, stop_step=2, workers=0,
     )  # fmt: skip
     keys, _, _ = load(shards, 1, 0, Fussy())[1]
     assert batch_digest(loader.keys_of_step(1)) == batch_digest(keys)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from question_shards import DIM, shards
 
-from vlm.data.loader import Samples, TrainLoader
+from vlm.data.loader import TrainLoader
 from vlm.data.questions import QuestionConfig
 from vlm.data.rng import SampleRng
 from vlm.data.shards import ShardSet
+from vlm.data.stream import Samples, Source, Stream
 from vlm.data.tokenizers import ByteTokenizer
 from vlm.data.video import DecodeError
 from vlm.types import IGNORE, UserError, Visit
@@ -176,10 +177,9 @@ def test_shards_without_questions_are_refused(shape_shards, monkeypatch):
 def test_batches_follow_the_order_of_questions(records):
     def keys(workers):
         loader = TrainLoader(
-            records,
+            Stream([Source(records)], 1, QuestionConfig(**SMALL)),
             QuestionConfig(**SMALL),
             views=["answer"],
-            seed=1,
             global_batch_size=4,
             world_size=1,
             rank=0,

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from vlm.config import override
-from vlm.data.loader import Samples, TrainLoader, eval_loader
+from vlm.data.loader import TrainLoader, eval_loader
 from vlm.data.shards import ShardSet, write_shards
+from vlm.data.stream import Samples, Source, Stream
 from vlm.recipe import check_inputs, load
 from vlm.types import UserError
 from vlm.weights import META_LAYER_TABLE, halves_to_pairs
@@ -94,10 +95,9 @@ def test_from_the_published_tree_to_a_score(name, llama, trees):
     count = len(Samples(shards, recipe.inputs))
     assert count == int(shards.num_questions.sum()) >= 2
     loader = TrainLoader(
-        shards,
+        Stream([Source(shards)], 0, recipe.inputs),
         recipe.inputs,
         views=list(recipe.views),
-        seed=0,
         global_batch_size=2,
         world_size=1,
         rank=0,

@@ -154,6 +154,9 @@ class ClipConfig:
     def parts(self, shards: ShardSet) -> None:
         """A record is one sample."""
 
+    def lengths(self, shards: ShardSet) -> None:
+        """Clips have no length in tokens."""
+
     def train(self, record: Record, rng: SampleRng, visit: Visit = WHOLE) -> list[Example]:
         """`repeats` augmented clips of one decode, (3, T, size, size) each.
 
@@ -332,6 +335,9 @@ class MaskedClipConfig:
 
     def parts(self, shards: ShardSet) -> None:
         """A record is one sample."""
+
+    def lengths(self, shards: ShardSet) -> None:
+        """Clips have no length in tokens."""
 
     def train(self, record: Record, rng: SampleRng, visit: Visit = WHOLE) -> list[Example]:
         """`repeats` randomly cropped clips of one decode, (3, T, size, size); raises DecodeError."""

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from vlm.data.order import Order
 from vlm.data.rng import SampleRng, derive_seed
 from vlm.data.shard_format import ShardGoneError
 from vlm.data.shards import ShardError, ShardSet
+from vlm.data.stream import Placed, Stream
 from vlm.data.video import DecodeError
+from vlm.data.watch import Unwatched, Watch
 from vlm.data.workers import Loaded
 from vlm.distributed import share
 from vlm.types import Ask, Batch, Example, Incident, Record, UserError, Visit
+
+Gone = Literal["stop", "quarantine"]
 
 
 class Pipeline(Protocol):
@@ -31,6 +34,8 @@ class Pipeline(Protocol):
         """What a test asks: "classes" (all views of a record are one question) or "choice" (each row is one)."""
 
     def parts(self, shards: ShardSet) -> np.ndarray | None: ...
+
+    def lengths(self, shards: ShardSet) -> np.ndarray | None: ...
 
     def train(self, record: Record, rng: SampleRng, visit: Visit) -> list[Example]: ...
 
@@ -43,36 +48,6 @@ class Pipeline(Protocol):
     def test_batch(self, examples: Sequence[Example]) -> Batch: ...
 
     def blank(self) -> Example: ...
-
-
-class Samples:
-    """The training samples of a shard set: its records, or where a record holds several samples, those.
-
-    Args:
-        shards: the records.
-        pipeline: says how many samples each record holds.
-    """
-
-    def __init__(self, shards: ShardSet, pipeline: Pipeline) -> None:
-        parts = pipeline.parts(shards)
-        self._keys = shards
-        # (records + 1,): samples before each record; None: every record is one sample
-        self._starts = None if parts is None else np.concatenate([[0], np.cumsum(parts, dtype=np.int64)])
-
-    def __len__(self) -> int:
-        return len(self._keys) if self._starts is None else int(self._starts[-1])
-
-    def locate(self, sample: int) -> tuple[int, int | None]:
-        """(row of the index, which part of the record or None: all of it)."""
-        if self._starts is None:
-            return sample, None
-        row = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        return row, sample - int(self._starts[row])
-
-    def key(self, sample: int) -> str:
-        """What identifies a sample in the order: the record's key, and "/part" where it holds several."""
-        row, part = self.locate(sample)
-        return self._keys.key(row) if part is None else f"{self._keys.key(row)}/{part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,51 +87,79 @@ class TrainDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        shards: ShardSet,
-        samples: Samples,
-        order: Order,
+        stream: Stream,
         pipeline: Pipeline,
         views: tuple[str, ...],
-        seed: int,
         substitutes: int,
+        gone: Gone,
     ) -> None:
-        self.shards, self.samples, self.order, self.pipeline, self.views = shards, samples, order, pipeline, views
-        self.seed, self.substitutes = seed, substitutes
+        self.stream, self.pipeline, self.views = stream, pipeline, views
+        self.substitutes, self.gone = substitutes, gone
 
     def __getitem__(self, plan: MicroPlan) -> Batch:
+        return self.load(plan, Unwatched())
+
+    def load(self, plan: MicroPlan, watch: Watch) -> Batch:
+        """The batch of a plan."""
         examples: list[Example] = []
         incidents: list[Incident] = []
         for position in plan.positions:
-            examples += self._load(position, incidents)
-        rng = SampleRng(derive_seed("batch", self.seed, plan.positions[0], len(plan.positions)))
+            for slot, placed in enumerate(self.stream.samples(position)):
+                examples += self._load(placed, position, slot, incidents, watch)
+        rng = SampleRng(derive_seed("batch", self.stream.seed, plan.positions[0], len(plan.positions)))
         return replace(self.pipeline.collate(examples, rng), incidents=tuple(incidents))
 
-    def _load(self, position: int, incidents: list[Incident]) -> list[Example]:
-        """The examples of one position. The substitute for an unusable record depends on (seed, position) alone."""
-        sample, epoch = self.order.row(position), self.order.epoch(position)
-        met: list[tuple[str, str, str]] = []
+    def _load(self, placed: Placed, position: int, slot: int, incidents: list[Incident], watch: Watch) -> list[Example]:
+        """The examples of one place. The substitute for an unusable record depends on (seed, position) alone."""
+        met: list[Incident] = []
         for attempt in range(self.substitutes + 1):
-            row, part = self.samples.locate(sample)
+            samples = self.stream.sets[placed.source].samples
+            row, part = samples.locate(placed.sample)
             try:
-                record = self.shards.read(row)
-                rng = SampleRng(derive_seed("sample", self.seed, position))
-                examples = self.pipeline.train(record, rng, Visit(part, epoch, self.views))
-            except ShardGoneError as error:
-                raise _gone(error) from error
+                spoilt = watch.begin(f"{position}.{slot}.{attempt}", describe_row(samples.shards, row))
+                if spoilt:
+                    raise DecodeError(spoilt)
+                record = samples.shards.read(row)
+                rng = SampleRng(derive_seed("sample", self.stream.seed, position, *((slot,) if slot else ())))
+                examples = self.pipeline.train(record, rng, Visit(part, placed.epoch, self.views))
             except (DecodeError, ShardError) as error:
-                met.append((self.shards.key(row), self.shards.shard_name(row), str(error)))
-                sample = self.order.substitute(position, attempt)
+                if isinstance(error, ShardGoneError) and self.gone == "stop":
+                    raise _gone(error) from error
+                met.append(_incident(samples.shards, row, str(error), position))
+                placed = self.stream.substitute(placed, position, slot, attempt)
                 continue
-            incidents += [Incident(*failure, replaced_by=record.key, position=position) for failure in met]
+            finally:
+                watch.end()
+            incidents += [incident._replace(replaced_by=record.key) for incident in met]
             return examples
-        listed = "; ".join(f"{key} in {shard}: {reason}" for key, shard, reason in met[:3])
+        listed = "; ".join(f"{one.key} in {one.shard}: {one.reason}" for one in met[:3])
         raise UserError(
-            f"{self.shards.path}: {len(met)} records in a row could not be used at position {position} ({listed}, …). "
+            f"{met[0].shards}: {len(met)} records in a row could not be used at position {position} ({listed}, …). "
             "Check the files with tools/make_shards.py without --no-check, or look at the storage"
         )
 
 
-class _Plans(Sampler[MicroPlan]):
+def _incident(shards: ShardSet, row: int, reason: str, position: int) -> Incident:
+    entry = shards.index[row]
+    return Incident(
+        key=shards.key(row),
+        shards=str(shards.path),
+        shard=shards.shard_name(row),
+        offset=int(entry["offset"]),
+        nbytes=int(entry["nbytes"]),
+        reason=reason,
+        attempts=1,
+        replaced_by="",
+        position=position,
+    )
+
+
+def describe_row(shards: ShardSet, row: int) -> str:
+    """A record in words, for messages about a process that was at it."""
+    return f"{shards.key(row)!r} in {shards.path}/{shards.shard_name(row)}"
+
+
+class Plans(Sampler[MicroPlan]):
     """The micro-batches of one rank from `start_step` to `stop_step`, in order."""
 
     def __init__(self, start_step: int, stop_step: int, arguments: tuple[int, int, int, int]) -> None:
@@ -182,25 +185,24 @@ class TrainLoader:
     """Iterates over steps: each item is the list of this rank's micro-batches of one step.
 
     Args:
-        shards: the training records.
+        stream: which samples stand where.
         pipeline: record -> examples -> batch.
         views: names of the losses that the recipe weighs.
-        seed: the recipe's seed.
-        global_batch_size: records a step over all ranks.
+        global_batch_size: positions (samples, or packs of them) a step over all ranks.
         world_size, rank: this process's place.
-        micro_batch_size: most records in one forward pass.
+        micro_batch_size: most positions in one forward pass.
         start_step, stop_step: which steps to load.
         workers: loader processes; the batches do not depend on it.
         substitutes: how many other records to try for an unusable one.
+        gone: what a shard is that vanished: the end of the run, or unusable records.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
+        stream: Stream,
         pipeline: Pipeline,
         *,
         views: Sequence[str],
-        seed: int,
         global_batch_size: int,
         world_size: int,
         rank: int,
@@ -209,16 +211,16 @@ class TrainLoader:
         stop_step: int,
         workers: int,
         substitutes: int = 16,
+        gone: Gone = "stop",
     ) -> None:
-        self.samples = Samples(shards, pipeline)
-        self.order = Order(len(self.samples), seed)
+        self.stream = stream
         self.global_batch_size = global_batch_size
-        self.shards = shards
         self._step = start_step
         self._stop = stop_step
         self._arguments = (global_batch_size, world_size, rank, micro_batch_size)
-        dataset = TrainDataset(shards, self.samples, self.order, pipeline, tuple(views), seed, substitutes)
-        self._batches = Loaded(dataset, _Plans(start_step, stop_step, self._arguments), workers, "data.workers")
+        dataset = TrainDataset(stream, pipeline, tuple(views), substitutes, gone)
+        plans = Plans(start_step, stop_step, self._arguments)
+        self._batches = Loaded(dataset, plans, workers, "data.workers")
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -232,9 +234,13 @@ class TrainLoader:
 
     def keys_of_step(self, step: int) -> list[str]:
         """The keys of a step's whole global batch, in order, as planned (before any substitution)."""
-        first = step * self.global_batch_size
-        rows = self.order.rows(range(first, first + self.global_batch_size))
-        return [self.samples.key(sample) for sample in rows]
+        return keys_of_step(self.stream, step, self.global_batch_size)
+
+
+def keys_of_step(stream: Stream, step: int, global_batch_size: int) -> list[str]:
+    """The keys of a step's global batch, in order, as planned."""
+    first = step * global_batch_size
+    return [key for position in range(first, first + global_batch_size) for key in stream.keys(position)]
 
 
 def _gone(error: ShardGoneError) -> UserError:

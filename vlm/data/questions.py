@@ -24,6 +24,7 @@ from vlm.data.passages import Picks, gather_passages, total_picks
 from vlm.data.prompts import PromptEncoder
 from vlm.data.rng import SampleRng
 from vlm.data.shards import ShardSet
+from vlm.data.stream import text_lengths
 from vlm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from vlm.data.video import DecodeError
 from vlm.data.views import VIEWS, Item, caption, find_caption, items, random_suffix, task, without_lead
@@ -113,6 +114,16 @@ class QuestionConfig:
                 "that has them (nextqa, intentqa, perception_test, star, tvqa, shapes)"
             )
         return None if self.share_questions else shards.num_questions
+
+    def lengths(self, shards: ShardSet) -> np.ndarray:
+        """(samples,) tokens that each sample's row is expected to have, from the index alone: the prompt's own words,
+        its video and the record's text, of which each of several questions has an equal part."""
+        prompt = len(self.blank().options[0][0].ids)
+        text = text_lengths(shards)
+        if self.share_questions:
+            return prompt + text
+        counts = shards.num_questions
+        return np.repeat(prompt + -(-text // np.maximum(counts, 1)), counts)
 
     def train(self, record: Record, rng: SampleRng, visit: Visit) -> list[Example]:
         """One question (`visit.part`), or all of a video, with a row for each view.

@@ -4,7 +4,7 @@
         manifest.json           format, step, every file with bytes and sha256, every tensor with shape, frozen hash
         model.safetensors       trainable weights, fp32, by the model's own names
         optimizer.safetensors   exp_avg/<name> and exp_avg_sq/<name>, fp32
-        state.json              step, seed, recipe, random rule, quarantined keys, best metric
+        state.json              step, seed, recipe, random rule, quarantined records, best metric
     RUN/checkpoints/latest      name of the newest complete checkpoint
     RUN/checkpoints/best        name of the best one, where a metric decides
 
@@ -48,7 +48,7 @@ class Progress:
     step: int = 0  # optimizer steps made; the data position is step * global_batch_size
     best_metric: float | None = None
     best_step: int | None = None
-    quarantined: list[str] = field(default_factory=list)
+    quarantined: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 def save(root: Path, engine: Any, progress: Progress, about: dict[str, Any], *, keep: int, is_best: bool) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vlm.config import describe, to_dict
+from vlm.data.mix import is_elsewhere, parse_mix
 from vlm.errors import UserError
 from vlm.recipe import Recipe, check_files, check_inputs, check_name, families, load, names
 
@@ -260,16 +261,18 @@ def _evaluate(options: argparse.Namespace, at_exit: ExitStack) -> None:
 def _check_given_folder(name: str, options: argparse.Namespace) -> None:
     """Whether a folder of shards that stands on the command line is there: told before the recipe is imported."""
     given = [text for text in options.overrides if text.startswith(f"{name}=")]
-    if given and not options.dry_run and not Path(given[-1].partition("=")[2]).is_dir():
-        raise UserError(f"{given[-1]}: there is no such folder; make the shards with tools/make_shards.py")
+    for path, _ in parse_mix(given[-1].partition("=")[2]) if given and not options.dry_run else ():
+        if not is_elsewhere(path) and not Path(path).is_dir():
+            raise UserError(f"{given[-1]}: there is no such folder; make the shards with tools/make_shards.py")
 
 
-def _check_shards(name: str, path: str) -> None:
-    """Open the index of a shard set, for the error that it may give."""
+def _check_shards(name: str, mix: str) -> None:
+    """Open the index of each shard set, for the error that it may give."""
     from vlm.data.shards import ShardSet
 
     try:
-        ShardSet(path)
+        for path, _ in parse_mix(mix):
+            ShardSet(path)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from vlm.data.loader import MicroBatch
-from vlm.data.shards import ShardSet
+from vlm.data.stream import Stream
 from vlm.distributed import World, gather_objects, share_object, sum_over_ranks
 from vlm.files import write_text
 from vlm.recipe import Recipe
@@ -18,16 +21,18 @@ class Quarantine:
 
     Args:
         recipe: for its run_dir and data.quarantine_share.
-        shards: the training records.
-        keys: keys already known (from the checkpoint).
+        stream: the training samples.
+        known: (shard set, shard, key) of each that is known already (from the checkpoint).
         world: this process among all.
     """
 
-    def __init__(self, recipe: Recipe, shards: ShardSet, keys: Sequence[str], world: World) -> None:
-        self.keys = list(keys)
+    def __init__(self, recipe: Recipe, stream: Stream, known: Sequence[Sequence[str]], world: World) -> None:
+        self.known: list[tuple[str, str, str]] = [(one[0], one[1], one[2]) for one in known]
         self._ceiling = recipe.data.quarantine_share
         self._path = recipe.run_dir / "quarantine.jsonl"
-        self._shards, self._world = shards, world
+        self._world = world
+        self._sets = {str(one.samples.shards.path): one.samples.shards for one in stream.sets}
+        self._sizes: dict[tuple[str, str], int] = {}  # records of a shard
         if world.is_main:
             self._forget_lost_work()
 
@@ -37,7 +42,7 @@ class Quarantine:
         Args:
             problem: why this rank could not load the step at all; every rank then stops with it.
         Raises:
-            UserError: the share of unusable records exceeds data.quarantine_share, or a rank has a problem.
+            UserError: the share of unusable records of a shard exceeds data.quarantine_share, or a rank has a problem.
         """
         mine = [incident for item in micro_batches if item.weight for incident in item.batch.incidents]
         met, stopped = sum_over_ranks([float(len(mine)), float(problem is not None)], self._world.device)
@@ -48,30 +53,54 @@ class Quarantine:
             return
         gathered = gather_objects(mine)
         incidents: list[Incident] = share_object([i for part in gathered for i in part] if gathered else None)
-        new = {incident.key: incident for incident in incidents if incident.key not in self.keys}
-        self.keys += new
+        known = set(self.known)
+        new = {_name(incident): incident for incident in incidents if _name(incident) not in known}
+        self.known += new
         if self._world.is_main and new:
             with self._path.open("a") as stream:
                 for incident in new.values():
                     stream.write(json.dumps({**incident._asdict(), "step": step + 1}) + "\n")
                     print(f"quarantined {incident.key} ({incident.shard}): {incident.reason}", flush=True)
-        share = len(self.keys) / len(self._shards)
-        if share > self._ceiling:
-            raise UserError(
-                f"{self._shards.path}: {len(self.keys)} of {len(self._shards)} records ({share:.1%}) cannot be used, "
-                f"more than data.quarantine_share={self._ceiling:.1%} allows; the list with reasons is {self._path}. "
-                "Mend the shards (tools/make_shards.py without --no-check leaves such files out) or raise the share"
-            )
+        self._check_ceiling()
+
+    def _check_ceiling(self) -> None:
+        for (path, shard), bad in Counter((path, shard) for path, shard, _ in self.known).items():
+            size = self._records(path, shard)
+            if bad > self._ceiling * size:
+                raise UserError(
+                    f"{path}/{shard}: {bad} of {size} records ({bad / size:.1%}) cannot be used, more than "
+                    f"data.quarantine_share={self._ceiling:.1%} of a shard allows; the list with reasons is "
+                    f"{self._path} (tools/doctor.py ledger FILE tries them again). Mend the shards "
+                    "(tools/make_shards.py without --no-check leaves such files out) or raise the share"
+                )
+
+    def _records(self, path: str, shard: str) -> int:
+        """How many records a shard holds."""
+        if (path, shard) not in self._sizes:
+            shards = self._sets[path]
+            there = np.asarray(shards.index["shard"]) == _number(shard)
+            self._sizes[path, shard] = max(1, int(np.count_nonzero(there)))
+        return self._sizes[path, shard]
 
     def _forget_lost_work(self) -> None:
         """Drop lines of work after the checkpoint: it is done again and will meet the same records."""
         if not self._path.is_file():
             return
-        kept = []
+        kept, known = [], set(self.known)
         for line in self._path.read_text(errors="replace").splitlines():
             try:
-                if json.loads(line)["key"] in self.keys:
+                row = json.loads(line)
+                if (row["shards"], row["shard"], row["key"]) in known:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
         write_text(self._path, "".join(kept))
+
+
+def _name(incident: Incident) -> tuple[str, str, str]:
+    return incident.shards, incident.shard, incident.key
+
+
+def _number(shard: str) -> int:
+    """The number of a shard from its name (vlm.data.shard_format.shard_name)."""
+    return int(shard.removeprefix("shard-").removesuffix(".tar"))

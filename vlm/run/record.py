@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "eval",
     "data.workers",
     "data.quarantine_share",
+    "data.gone",
     # Places: what lies there is compared by content (fingerprint of the shards, hashes of tokenizer and of frozen
     # weights), and what trains comes from the checkpoint.
     "data.shards",

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from vlm.config import to_dict
-from vlm.data.loader import MicroBatch, Samples, TrainLoader
+from vlm.data.loader import MicroBatch, TrainLoader
+from vlm.data.mix import parse_mix
 from vlm.data.order import batch_digest
 from vlm.data.rng import derive_seed
 from vlm.data.shards import ShardSet
+from vlm.data.stream import Source, Stream
 from vlm.distributed import World, barrier, from_main
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, check_inputs
@@ -41,19 +43,24 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
         UserError: settings, files or data are wrong; FloatingPointError: the loss or gradient is not finite.
     """
     check_inputs(recipe)
-    shards = ShardSet(recipe.data.shards)
-    samples = len(Samples(shards, recipe.inputs))
+    stream = open_stream(recipe)
     config = derive(hardware, recipe, world.size)
     launch = Launch(recipe, name, overrides, config, world, choose_attention(world.device, precision(config)))
     with record.sole_run(recipe, world):
-        _train(launch, shards, samples)
+        _train(launch, stream)
 
 
-def _train(launch: Launch, shards: ShardSet, samples: int) -> None:
+def open_stream(recipe: Recipe) -> Stream:
+    """The training samples of a recipe."""
+    sources = [Source(ShardSet(path), weight) for path, weight in parse_mix(recipe.data.shards)]
+    return Stream(sources, recipe.seed, recipe.inputs, recipe.data.pack_length)
+
+
+def _train(launch: Launch, stream: Stream) -> None:
     """`train` in a run folder that no other process writes."""
     recipe, world, folder = launch.recipe, launch.world, launch.folder
-    total_steps = steps_of(recipe, samples)
-    found, about = record.open_training(launch, shards.fingerprint)
+    total_steps = steps_of(recipe, len(stream))
+    found, about = record.open_training(launch, stream.fingerprint)
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
     state = checkpoint.load_weights(found, model) if found else {}
@@ -72,13 +79,13 @@ def _train(launch: Launch, shards: ShardSet, samples: int) -> None:
         name=launch.name,
         config=to_dict(recipe),
     )
-    log.say(_introduce(launch, shards, samples, total_steps, model))
+    log.say(_introduce(launch, stream, total_steps, model))
     if found:
         log.say(f"resuming from {found} (step {progress.step})")
     elif recipe.eval is not None and recipe.eval.at_start:
         evaluate.run(recipe, engine, world, folder / "before_training", say=log.say)
 
-    _train_steps(recipe, engine, shards, progress, total_steps, log)
+    _train_steps(recipe, engine, stream, progress, total_steps, log)
 
     log.close()
     if recipe.eval is not None and recipe.eval.at_end:
@@ -89,15 +96,14 @@ def _train(launch: Launch, shards: ShardSet, samples: int) -> None:
 
 
 def _train_steps(
-    recipe: Recipe, engine: Engine, shards: ShardSet, progress: Progress, total_steps: int, log: RunLog
+    recipe: Recipe, engine: Engine, stream: Stream, progress: Progress, total_steps: int, log: RunLog
 ) -> None:
     """The training loop: one pass is one optimizer step."""
     world, root = engine.world, recipe.run_dir / "checkpoints"
     loader = TrainLoader(
-        shards,
+        stream,
         recipe.inputs,
         views=list(recipe.views),
-        seed=recipe.seed,
         global_batch_size=recipe.global_batch_size,
         world_size=world.size,
         rank=world.rank,
@@ -106,9 +112,10 @@ def _train_steps(
         stop_step=total_steps,
         workers=recipe.data.workers,
         substitutes=recipe.data.substitutes,
+        gone=recipe.data.gone,
     )
-    quarantine = Quarantine(recipe, shards, progress.quarantined, world)
-    learning_rate = schedule_of(recipe, len(loader.samples), total_steps)
+    quarantine = Quarantine(recipe, stream, progress.quarantined, world)
+    learning_rate = schedule_of(recipe, len(stream), total_steps)
     throughput = Throughput(engine.model, world)
     audit = Audit(engine, recipe.audit_steps, log.say)
     saved_at = progress.step
@@ -122,18 +129,19 @@ def _train_steps(
         result = engine.step(micro_batches, lr=learning_rate(step))
         progress.step = step + 1
         elapsed = time.monotonic() - started
+        keys = loader.keys_of_step(step) if world.is_main else []
         log.step(
             {
                 "step": progress.step,
-                "epoch": loader.order.epoch(step * recipe.global_batch_size),
+                "epoch": stream.epoch(step * recipe.global_batch_size),
                 **_measured(result),
                 "lr": learning_rate(step),
                 "step_time": elapsed,
                 "data_wait": data_wait,
-                "samples_per_s": recipe.global_batch_size / elapsed,
-                "batch_digest": batch_digest(loader.keys_of_step(step)) if world.is_main else "",
+                "samples_per_s": len(keys) / elapsed,
+                "batch_digest": batch_digest(keys),
                 **throughput.row(micro_batches, elapsed),
-                "quarantined": len(quarantine.keys),
+                "quarantined": len(quarantine.known),
             }
         )
         audit.after_step(step, learning_rate(step), micro_batches, result.counts)
@@ -142,7 +150,7 @@ def _train_steps(
             is_best = evaluate.is_best(recipe, engine, world, progress, log.say)
         due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
         if due or is_best or progress.step == total_steps:
-            progress.quarantined = quarantine.keys
+            progress.quarantined = quarantine.known
             checkpoint.save(
                 root, engine, progress, _about(recipe, world, engine), keep=recipe.checkpoint_keep, is_best=is_best
             )
@@ -210,18 +218,18 @@ def _about(recipe: Recipe, world: World, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _introduce(launch: Launch, shards: ShardSet, samples: int, total_steps: int, model: torch.nn.Module) -> str:
+def _introduce(launch: Launch, stream: Stream, total_steps: int, model: torch.nn.Module) -> str:
     recipe, config, world = launch.recipe, launch.deepspeed, launch.world
     dtype = "bf16" if precision(config) == torch.bfloat16 else "fp32"
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    held = "" if samples == len(shards) else f"with {samples:,} questions "
-    epochs = math.ceil(total_steps * recipe.global_batch_size / samples * 10) / 10
+    epochs = math.ceil(total_steps * recipe.global_batch_size / len(stream) * 10) / 10
+    what = "" if stream.pack_length is None else " packs"
     return (
         f"recipe {launch.name}: {trainable:,} trainable and {frozen:,} frozen parameters\n"
         f"world size {world.size} (started by {world.starter}) on {launch.device_name}, ZeRO stage "
         f"{zero_stage(config)}, {dtype}, {launch.attention.sentence}\n"
-        f"{len(shards):,} records {held}in {shards.path}, {total_steps} steps of {recipe.global_batch_size} "
+        f"{stream.describe()}; {total_steps} steps of {recipe.global_batch_size}{what} "
         f"({epochs} epochs), micro-batch {config['train_micro_batch_size_per_gpu']} x "
         f"{config['gradient_accumulation_steps']} accumulation"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from question_trees import csv, questions, split, write_tree
 
+from vlm.recipe import load
 from vlm.sources.perception_test import read
 
 HEADER = "video,num_option,qid,a0,a1,a2,answer,question,start,end"
@@ -35,7 +36,10 @@ def test_published_tree(root: Path) -> None:
         "answer": 0,
     }
     assert second["span"] == [0.0, 18.48]
-    assert samples[0].annotation["captions"] == {"llava_13b_n6": "The video shows: a."}
+    assert samples[0].annotation["captions"] == dict.fromkeys(
+        ("llava_13b_n6", load("vamos.ptest_cap").inputs.caption), "The video shows: a."
+    )
+    assert samples[0].warnings == ()
     assert [q.get("span") for q in questions(split(list(read(root, "train")))[0])] == [None, None]
 
 

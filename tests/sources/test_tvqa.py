@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from question_trees import questions, split, write_tree
 
+from vlm.recipe import load
 from vlm.sources.tvqa import Line, parse_srt, read
 from vlm.types import UserError
 
@@ -58,6 +59,15 @@ def test_published_tree(tmp_path: Path) -> None:
     assert samples[0].warnings == ()
     assert samples[1].annotation["questions"][0]["span"] == [19.18, 19.18]
     assert samples[1].warnings == (f"no subtitles {root / 'tvqa_subtitles' / 's03_clip.srt'}",)
+
+
+def test_captions_beside_the_questions_are_found(tmp_path: Path) -> None:
+    """Under the name that the recipe `vico.tvqa` teaches."""
+    root = tree(tmp_path, [row()])
+    write_tree(root, {}, captions={"blip2_n6.json": {"met_clip": "A woman holds a book."}})
+    samples, _ = split(list(read(root, "val")))
+    name = load("vico.tvqa").inputs.caption_target
+    assert samples[0].annotation["captions"] == {name: "A woman holds a book."}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """TVQA (Lei et al. 2018, https://arxiv.org/abs/1809.01696): five options about a moment of a television clip.
 
 The published tree is that of Flipped-VQA and of ViCo: `{root}/tvqa_{train,val}.jsonl` (`tvqa_test_public.jsonl` for
-test, without answers), `clipvitl14.pth` (clip -> frames at 3 a second), subtitles `tvqa_subtitles/{clip}.srt` and any
-caption file given. Videos are found below the root by name. TVQA+ (a JSON list, `ts` a pair of numbers) is read too.
+test, without answers), `clipvitl14.pth` (clip -> frames at 3 a second), subtitles `tvqa_subtitles/{clip}.srt` and
+captions `blip2_n6.json`. Videos are found below the root by name. TVQA+ (a JSON list, `ts` a pair of numbers) is read
+too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vlm.sources.common_tables import BadCell, id_of, index_of, read_json_lines,
 from vlm.types import Rejected, Sample, UserError
 
 OPTIONS = ("a0", "a1", "a2", "a3", "a4")
+CAPTIONS = ("blip2_n6.json",)
 SUBTITLES = "tvqa_subtitles"
 FEATURE_FPS = 3.0  # published features a second; 1 in all other sources
 
@@ -40,7 +42,7 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
         root,
         annotations,
         questions=("tvqa_test_public.jsonl" if split == "test" else f"tvqa_{split}.jsonl",),
-        captions=(),
+        captions=CAPTIONS,
         is_questions=_is_questions,
     )
     subtitles = Subtitles(root / SUBTITLES)

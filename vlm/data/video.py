@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,11 +147,13 @@ def frames_at(data: Source, fps: float, warnings: list[str]) -> Iterator[np.ndar
         warnings += _header_warnings(container, stream, reader, now)
 
 
-def all_frames(data: Source, warnings: list[str]) -> Iterator[tuple[float, float, np.ndarray]]:
-    """Every frame, in order: (seconds since the first, seconds it is on show, uint8 (H, W, 3) as from `decode`).
+def all_frames(
+    data: Source, warnings: list[str], wanted: Callable[[float, float], bool] = lambda start, end: True
+) -> Iterator[tuple[float, float, np.ndarray]]:
+    """Every frame that is wanted, in order: (second from which it is on show, until when, (H, W, 3) as from `decode`).
 
-    Decoded once, none kept; the seconds are 0.0 where the container has no times and no rate. `warnings` gets what
-    `inspect` would warn of; DecodeError as from `decode`.
+    Seconds count from the first frame. Decoded once, none kept. `wanted` is asked about every frame by these seconds.
+    `warnings` gets what `inspect` would warn of; DecodeError as from `decode`.
     """
     with _opened(data) as (container, stream):
         reader = _FrameReader(stream, container)
@@ -159,13 +161,15 @@ def all_frames(data: Source, warnings: list[str]) -> Iterator[tuple[float, float
         step = 1 / nominal if nominal else 0.0
         first, shown, now = None, None, 0.0
         for next_time, frame in _clocked(reader, step):
-            if shown is not None:
-                yield now, next_time - now, _to_rgb(shown, first, reader.count - 2)
+            if shown is not None and wanted(now, next_time):
+                yield now, next_time, _to_rgb(shown, first, reader.count - 2)
             first, shown, now = first or frame, frame, next_time
         if shown is None:
             raise DecodeError(f"no frame of the video stream decodes ({reader.stopped or 'the stream is empty'})")
-        yield now, _shown_for(shown, step), _to_rgb(shown, first, reader.count - 1)
-        warnings += _header_warnings(container, stream, reader, now + _shown_for(shown, step))
+        end = now + _shown_for(shown, step)
+        if wanted(now, end):
+            yield now, end, _to_rgb(shown, first, reader.count - 1)
+        warnings += _header_warnings(container, stream, reader, end)
 
 
 def check_decoders(data: Source, info: VideoInfo) -> tuple[str, ...]:

@@ -27,6 +27,13 @@ ALLOWED = ("needs GPU", "needs CUDA", "needs a GPU", NO_REALDATA)
 NO_GOLDEN joins them while VLM_GOLDENS is not set."""
 
 
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that a test starts are not of a process group that another test joined in this process."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def realdata() -> Path:
     """The folder of real clips and annotation files; the test is skipped where it is absent."""

@@ -148,8 +148,9 @@ class Incident(NamedTuple):
     position: int  # position in the endless training order at which it was met
 
 
-COUNTERS = ("rows_shortened", "tokens_dropped", "rows_too_long")
-"""What is counted of rows of text that do not fit: rows that lost tokens, the tokens, rows that stayed too long."""
+COUNTERS = ("rows_shortened", "tokens_dropped", "rows_too_long", "packs_too_long")
+"""What is counted of rows of text that do not fit: rows that lost tokens, the tokens, rows that stayed too long, packs
+whose rows are longer together than the index had it."""
 
 
 @dataclass(slots=True, kw_only=True)

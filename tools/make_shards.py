@@ -5,6 +5,9 @@ r"""Make WebDataset shards, with an index, from a published dataset.
 
 Every clip is decoded: what does not decode goes into manifest.json with its reason, and the index says how many
 frames a clip really has and which decoders return the right ones. Killed at any moment, the same command continues.
+
+On several machines, with the same bytes out: under `mpirun -n 16` (a process a rank), or as a Slurm array
+(slurm/make_shards.sbatch), whose tasks build a share of the shards each.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
-from vlm.data.shards import DEFAULT_SHARD_SIZE, write_shards
+from vlm.data.shard_ranks import count_ranks, mpi_ranks
+from vlm.data.shards import DEFAULT_SHARD_SIZE, Reencode, Task, Written, write_shards
 from vlm.run.progress import ProgressLine
 from vlm.sources.common_loading import available_sources, load_source
 from vlm.types import UserError
@@ -35,15 +40,74 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--annotations", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
                         help="annotation files (default: looked for under --root by published names)")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes, each building whole shards (default: all cores, %(default)s)")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=None, metavar="N",
+                        help="processes, each building whole shards (default: cores; mpirun: one a rank)")  # fmt: skip
     parser.add_argument("--no-check", action="store_true",
                         help="do not decode: quicker, but broken clips are only met in training")  # fmt: skip
     parser.add_argument("--shard-size", type=parse_size, default=DEFAULT_SHARD_SIZE, metavar="BYTES",
                         help="media bytes after which a new shard begins, such as 512M (default: 1G)")  # fmt: skip
     parser.add_argument("--shard-samples", type=int, default=None, metavar="N",
                         help="clips after which a new shard begins (default: no limit)")  # fmt: skip
-    return parser.parse_args(arguments)
+    parser.add_argument("--tokenizer", type=Path, default=None, metavar="FILE",
+                        help="count the tokens of annotation text by this tokenizer.model or Hugging Face folder, "
+                             "into the index")  # fmt: skip
+    _add_reencoding(parser)
+    _add_tasks(parser)
+    options = parser.parse_args(arguments)
+    if not options.reencode:
+        given = [name for name in _REENCODING if getattr(options, name) is not None]
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} says how to --reencode, which is not asked for")
+    return options
+
+
+_REENCODING = ("short_side", "gop", "fps", "crf")
+
+
+def _add_reencoding(parser: argparse.ArgumentParser) -> None:
+    default = Reencode()
+    group = parser.add_argument_group("encoding again", "H.264 in mp4, without sound; still pictures stay as they are")
+    group.add_argument("--reencode", action="store_true", help="encode clips again, for quick access to any frame")
+    group.add_argument("--short-side", type=int, metavar="PIXELS",
+                       help=f"smaller clips are kept; 0: all are (default: {default.short_side})")  # fmt: skip
+    group.add_argument("--gop", type=int, metavar="FRAMES",
+                       help=f"from one key frame to the next (default: {default.gop})")  # fmt: skip
+    group.add_argument("--fps", type=float, metavar="RATE",
+                       help="at most so many frames a second (default: all frames)")  # fmt: skip
+    group.add_argument("--crf", type=int, help=f"quality, lower is better and larger (default: {default.crf})")
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "one of several jobs", "in a Slurm array its variables say so; the task that finishes last writes the index"
+    )
+    group.add_argument("--task", type=int, metavar="I", help="build the I-th share of the shards alone, from 0")
+    group.add_argument("--tasks", type=int, metavar="N", help="how many shares; 1: the whole set, in an array too")
+
+
+def find_task(options: argparse.Namespace) -> Task | None:
+    """The share of this call: by --task and --tasks, else by the variables of a Slurm array; None: the whole set."""
+    index, count = options.task, options.tasks
+    if count == 1 and not index:
+        return None
+    if (index is None) != (count is None):
+        raise UserError("--task I and --tasks N belong together: which share of how many")
+    if index is None:
+        given = os.environ
+        if "SLURM_ARRAY_TASK_ID" not in given:
+            return None
+        first, step = int(given.get("SLURM_ARRAY_TASK_MIN", 0)), int(given.get("SLURM_ARRAY_TASK_STEP", 1))
+        count = int(given["SLURM_ARRAY_TASK_COUNT"])
+        index, rest = divmod(int(given["SLURM_ARRAY_TASK_ID"]) - first, step)
+        if rest or not 0 <= index < count:
+            raise UserError(
+                f"task {given['SLURM_ARRAY_TASK_ID']} of a Slurm array of {count} tasks from {first} in steps of "
+                f"{step}: its numbers have gaps, so it is not known which share this is; use --array=0-{count - 1}, or "
+                "--task and --tasks"
+            )
+    if not 0 <= index < count:
+        raise UserError(f"--task {index} --tasks {count}: tasks are counted from 0 to {count - 1}")
+    return None if count == 1 else Task(index, count)
 
 
 def parse_size(text: str) -> int:
@@ -58,27 +122,44 @@ def _elsewhere(count: int) -> str:
     return f", {count} of the records from outside --root" if count else ""
 
 
+def write(options: argparse.Namespace, progress: ProgressLine, ranks: Executor | None) -> Written:
+    """The call of write_shards that the command line asks for."""
+    changes = {name: getattr(options, name) for name in _REENCODING if getattr(options, name) is not None}
+    return write_shards(
+        load_source(options.source).read(options.root, options.split, options.annotations),
+        options.out,
+        arguments={
+            "source": options.source,
+            "split": options.split,
+            "root": str(options.root),
+            "annotations": [str(file) for file in options.annotations],
+        },
+        check=not options.no_check,
+        shard_size=options.shard_size,
+        shard_samples=options.shard_samples,
+        root=options.root,
+        reencode=Reencode(**changes) if options.reencode else None,
+        tokenizer=options.tokenizer,
+        workers=options.workers if options.workers is not None else len(os.sched_getaffinity(0)),
+        ranks=ranks,
+        task=find_task(options),
+        progress=progress,
+    )
+
+
+def _write_with_ranks(options: argparse.Namespace, progress: ProgressLine) -> Written | None:
+    """None: this rank has served rank 0, which reports."""
+    if options.workers is not None:
+        raise UserError("--workers is for one machine; under mpirun each rank is a process: start more ranks")
+    with mpi_ranks() as ranks:
+        return write(options, progress, ranks) if ranks is not None else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     progress = ProgressLine()
     try:
-        source = load_source(options.source)
-        written = write_shards(
-            source.read(options.root, options.split, options.annotations),
-            options.out,
-            arguments={
-                "source": options.source,
-                "split": options.split,
-                "root": str(options.root),
-                "annotations": [str(file) for file in options.annotations],
-            },
-            check=not options.no_check,
-            shard_size=options.shard_size,
-            shard_samples=options.shard_samples,
-            root=options.root,
-            workers=options.workers,
-            progress=progress,
-        )
+        written = write(options, progress, None) if count_ranks() == 1 else _write_with_ranks(options, progress)
     except UserError as error:
         progress.close()
         print(f"make_shards: {error}", file=sys.stderr)
@@ -90,15 +171,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     progress.close()
-    counts = written.manifest["counts"]
-    hours = written.manifest["hours"]
-    print(
+    if written is not None:
+        print(summary(written))
+    return 0
+
+
+def summary(written: Written) -> str:
+    """What was done, in one line."""
+    if written.missing:
+        return (
+            f"this share is done; {written.missing} shards are for other tasks to build, and the last of them to "
+            f"finish writes {written.path}. Should one have failed, submit the same again"
+        )
+    counts, hours = written.manifest["counts"], written.manifest["hours"]
+    return (
         f"{'already complete, nothing written: ' if written.already_complete else ''}{counts['records']} records"
         f"{'' if hours is None else f' ({hours:.2f} h)'} in {len(written.manifest['shards'])} shards, "
         f"{written.manifest['bytes'] / 2**20:.1f} MiB; {counts['rejected']} of {counts['listed']} items rejected, "
         f"{counts['warnings']} warnings{_elsewhere(counts.get('outside_root', 0))}: see {written.path}"
     )
-    return 0
 
 
 if __name__ == "__main__":

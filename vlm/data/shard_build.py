@@ -10,7 +10,10 @@ import hashlib
 import io
 import json
 import os
+import secrets
+import socket
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +28,26 @@ from vlm.data.shard_format import (
     encode_key,
     shard_name,
     text_length,
+    texts,
     to_json,
 )
+from vlm.data.shard_reencode import Reencode, is_still, reencode
+from vlm.data.tokenizers import Tokenizer, load_tokenizer
 from vlm.data.video import DecodeError, check_decoders, container_extension, inspect
 from vlm.files import replace_file, sync
 from vlm.types import UserError
 from vlm.weights import Loader, open_tensors
 
 Report = Callable[[int, int], None]  # position of the item that is begun, bytes of its file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How records are made of items, beyond what the plan says."""
+
+    check: bool = True  # decode every clip whole
+    reencode: Reencode | None = None
+    tokenizer: Path | None = None  # counts the tokens of annotation text
 
 
 class Place(NamedTuple):
@@ -86,21 +101,38 @@ def sidecar(out: Path, number: int) -> Path:
     return out / UNFINISHED / f"shard-{number:06d}.json"
 
 
-def is_finished(out: Path, number: int) -> bool:
-    """Whether a shard and its sidecar are there and of one size."""
-    tar = out / shard_name(number)
-    path = sidecar(out, number)
-    return path.exists() and tar.exists() and tar.stat().st_size == json.loads(path.read_bytes())["bytes"]
+def is_finished(out: Path, number: int, plan: str) -> bool:
+    """Whether a shard of the plan of this digest and its sidecar are there, of one size."""
+    try:
+        side = json.loads(sidecar(out, number).read_bytes())
+        return side["plan"] == plan and (out / shard_name(number)).stat().st_size == side["bytes"]
+    except FileNotFoundError:
+        return False
+
+
+def unfinished_name(name: str) -> str:
+    """A name for a file that is being written: no other process on any machine has it."""
+    return f"{name}.tmp-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 # One shard -----------------------------------------------------------------------------------------------------------
 
 
 def build_shard(
-    out: Path, number: int, lines: Sequence[bytes], check: bool, skip: Mapping[int, str], report: Report
+    out: Path,
+    number: int,
+    lines: Sequence[bytes],
+    plan: str,
+    settings: Settings,
+    skip: Mapping[int, str],
+    report: Report,
 ) -> None:
-    """Write one shard and its sidecar. `skip`: item -> why it is rejected unseen; `report` is told of each item."""
-    temporary = out / UNFINISHED / f"{shard_name(number)}.tmp-{os.getpid()}"
+    """Write one shard of the plan of this digest, and its sidecar.
+
+    Another process may build the same shard: whoever is first to finish wins, and the bytes are the same. `skip`:
+    item -> why it is rejected unseen; `report` is told of each item.
+    """
+    temporary = out / UNFINISHED / unfinished_name(shard_name(number))
     records: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
     warnings: list[dict[str, Any]] = []
@@ -112,7 +144,7 @@ def build_shard(
             try:
                 if item["at"] in skip:
                     raise DecodeError(skip[item["at"]])
-                members, facts, warned = _load(item, check)
+                members, facts, warned = _load(item, settings)
             except DecodeError as error:
                 rejected.append({**name, "reason": str(error)})
                 continue
@@ -120,47 +152,64 @@ def build_shard(
             records.append({"key": encode_key(item["key"]), **place._asdict(), **facts})
             warnings += [{**name, "warning": warning} for warning in warned]
         digest = shard.finish()
+        if is_finished(out, number, plan):
+            return
         temporary.replace(out / shard_name(number))
         sync(out)
     finally:
         shard.abandon()
         temporary.unlink(missing_ok=True)
-    summary = {"bytes": shard.nbytes, "sha256": digest, "records": records, "rejected": rejected, "warnings": warnings}
+    summary = {"plan": plan, "bytes": shard.nbytes, "sha256": digest, "records": records, "rejected": rejected,
+               "warnings": warnings}  # fmt: skip
     replace_file(sidecar(out, number), to_json(summary))
 
 
-def _load(item: Mapping[str, Any], check: bool) -> tuple[dict[str, tuple[str, bytes]], dict[str, Any], Sequence[str]]:
+def _load(
+    item: Mapping[str, Any], settings: Settings
+) -> tuple[dict[str, tuple[str, bytes]], dict[str, Any], list[str]]:
     """(members of the record, columns of the index, warnings); raises DecodeError for what cannot be kept."""
     annotation = item["annotation"]
     facts: dict[str, Any] = {"num_frames": UNKNOWN, "text_length": text_length(annotation), "decoders": []}
+    if settings.tokenizer is not None:
+        encode = _tokenizer(settings.tokenizer).encode
+        facts["tokens"] = sum(len(encode(text)) for text in texts(annotation))
     if "questions" in annotation:
         facts["questions"] = len(annotation["questions"])
     members: dict[str, tuple[str, bytes]] = {}
-    warned: Sequence[str] = ()
+    warned: list[str] = []
     if item["file"]:
-        path = Path(item["file"])
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DecodeError(f"cannot be read: {error.strerror or error}") from error
-        suffix = path.suffix[1:].lower()
-        container = container_extension(data)
-        if item.get("outside") and not check and container is None:
-            raise DecodeError(
-                "lies outside --root and does not begin like a video, so it is not packed unseen (--no-check)"
-            )
-        members["video"] = (container or (suffix if suffix.isalnum() and suffix.isascii() else "bin"), data)
+        extension, data, warned = _load_video(item, settings)
+        members["video"] = (extension, data)
         facts["decoders"] = ["pyav"]
         facts["outside"] = bool(item.get("outside"))
-        if check:
+        if settings.check:
             info = inspect(data)
-            warned = info.warnings
+            warned += info.warnings
             facts["decoders"] = list(check_decoders(data, info))
             facts.update({name: getattr(info, name) for name in ("num_frames", "fps", "duration", "width", "height")})
     for name, source in sorted(item.get("members", {}).items()):
         members[name] = (name, _read_member(source))
     members["json"] = ("json", to_json(annotation))
-    return members, facts, (*item.get("warnings", ()), *warned)
+    return members, facts, [*item.get("warnings", ()), *warned]
+
+
+def _load_video(item: Mapping[str, Any], settings: Settings) -> tuple[str, bytes, list[str]]:
+    """(extension, content, warnings) of the video member; raises DecodeError."""
+    path = Path(item["file"])
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DecodeError(f"cannot be read: {error.strerror or error}") from error
+    suffix = path.suffix[1:].lower()
+    container = container_extension(data)
+    if item.get("outside") and not settings.check and container is None:
+        raise DecodeError(
+            "lies outside --root and does not begin like a video, so it is not packed unseen (--no-check)"
+        )
+    if settings.reencode is not None and not is_still(data):
+        made, warned = reencode(data, settings.reencode)
+        return "mp4", made, warned
+    return container or (suffix if suffix.isalnum() and suffix.isascii() else "bin"), data, []
 
 
 def _read_member(source: Mapping[str, str]) -> bytes:
@@ -182,3 +231,8 @@ def _read_member(source: Mapping[str, str]) -> bytes:
 def _open_tensors(file: str) -> dict[str, Loader]:
     """The tensors of a file; it stays open (mapped) in this process, since thousands of records come from it."""
     return open_tensors(file)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(file: Path) -> Tokenizer:
+    return load_tokenizer(file)

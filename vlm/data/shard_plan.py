@@ -7,9 +7,11 @@ folder that holds some shards already was begun for the same thing.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from vlm.data.shard_format import MAX_KEY_BYTES, encode_key, to_json
 from vlm.types import Rejected, Sample, StoredArray, UserError
+
+MAX_SHARD_ITEMS = 50_000
+"""Items after which a new shard begins in any case: the rows of one shard are held in memory while it is built."""
 
 
 class Cut(NamedTuple):
@@ -42,6 +47,22 @@ class Plan:
     def planned(self) -> int:
         return sum(cut.items for cut in self.cuts)
 
+    @property
+    def lines(self) -> str:
+        """The name of the plan file, which two plans do not share."""
+        return f"plan-{self.digest[:16]}.jsonl"
+
+    def head(self) -> dict[str, Any]:
+        """Everything but the items, for JSON. `arguments`, `listed` and `plan` are what the manifest will say."""
+        return {"arguments": self.arguments, "listed": self.listed, "plan": self.digest,
+                "cuts": [list(cut) for cut in self.cuts], "rejected": list(self.rejected)}  # fmt: skip
+
+    @classmethod
+    def from_head(cls, head: Mapping[str, Any]) -> Plan:
+        """The inverse of `head`."""
+        return cls(arguments=head["arguments"], listed=head["listed"], cuts=tuple(Cut(*cut) for cut in head["cuts"]),
+                   rejected=tuple(head["rejected"]), digest=head["plan"])  # fmt: skip
+
 
 def make_plan(
     items: Iterable[Sample | Rejected],
@@ -57,11 +78,12 @@ def make_plan(
 
     `file` takes the plan's lines; None only computes the digest. An item without its file, with a key that another
     has, or with an annotation that JSON cannot hold is rejected here. A video that lies, links followed, outside `root`
-    is noted.
+    is noted. No item is kept: of ten million there are 200 MiB in memory, to know keys that come twice.
     """
+    most = min(shard_samples or MAX_SHARD_ITEMS, MAX_SHARD_ITEMS)
     real_root = None if root is None else Path(os.path.realpath(root))
     digest = hashlib.sha256(to_json(dict(arguments)))
-    seen: dict[str, int] = {}
+    seen = _Keys()
     rejected: list[dict[str, Any]] = []
     cuts: list[Cut] = []
     start = end = count = media = listed = 0
@@ -74,7 +96,7 @@ def make_plan(
         else:
             line, size = planned
             digest.update(line)
-            if count and (media + size > shard_size or count == shard_samples):
+            if count and (media + size > shard_size or count == most):
                 cuts.append(Cut(start, end - start, count))
                 start, count, media = end, 0, 0
             if file is not None:
@@ -88,8 +110,8 @@ def make_plan(
                 digest=digest.hexdigest())  # fmt: skip
 
 
-def _planned(at: int, item: Sample | Rejected, seen: dict[str, int], root: Path | None) -> tuple[bytes, int] | Rejected:
-    """(line of the plan, bytes of media) of an item, or why it cannot become a record. `seen`: key -> its item."""
+def _planned(at: int, item: Sample | Rejected, seen: _Keys, root: Path | None) -> tuple[bytes, int] | Rejected:
+    """(line of the plan, bytes of media) of an item, or why it cannot become a record."""
     if isinstance(item, Rejected):
         return item
     file = str(item.video) if item.video is not None else ""
@@ -118,10 +140,51 @@ def _planned(at: int, item: Sample | Rejected, seen: dict[str, int], root: Path 
         line = _line(row)
     except (TypeError, ValueError) as error:
         return Rejected(item.key, f"the annotation cannot be written as JSON: {error}", file)
-    if item.key in seen:
-        return Rejected(item.key, f"duplicate key: item {at} of the list has the key of item {seen[item.key]}", file)
-    seen[item.key] = at
+    other = seen.claim(item.key, at)
+    if other is not None:
+        return Rejected(item.key, f"duplicate key: item {at} of the list has the key of item {other}", file)
     return line, size + more
+
+
+class _Keys:
+    """Which item has a key: a table of 64-bit hashes and item numbers, 16 bytes a place and at most 2 in 3 taken.
+
+    That two of 2.5 million keys have one hash, and the second is taken for a duplicate, happens in one of 5 million
+    such lists, and then always.
+    """
+
+    def __init__(self) -> None:
+        self._marks, self._items = array("Q", bytes(8 << 12)), array("q", bytes(8 << 12))
+        self._taken = 0
+
+    def claim(self, key: str, at: int) -> int | None:
+        """The item that has the key already; None: item `at` has it now."""
+        name = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        mark = int.from_bytes(name, "little") or 1  # 0 is an empty place
+        place = self._place(mark)
+        if self._marks[place]:
+            return self._items[place]
+        self._marks[place], self._items[place] = mark, at
+        self._taken += 1
+        if 3 * self._taken > 2 * len(self._marks):
+            self._grow()
+        return None
+
+    def _place(self, mark: int) -> int:
+        """Where a mark is, or the empty place where it belongs."""
+        last = len(self._marks) - 1
+        place = mark & last
+        while self._marks[place] not in (0, mark):
+            place = (place + 1) & last
+        return place
+
+    def _grow(self) -> None:
+        marks, items = self._marks, self._items
+        self._marks, self._items = array("Q", bytes(16 * len(marks))), array("q", bytes(16 * len(marks)))
+        for mark, item in zip(marks, items):
+            if mark:
+                place = self._place(mark)
+                self._marks[place], self._items[place] = mark, item
 
 
 def _members(item: Sample) -> tuple[dict[str, dict[str, str]], int]:
@@ -149,15 +212,40 @@ def refuse_other_plan(folder: Path, begun: Mapping[str, Any], plan: Plan) -> Non
     """
     if begun.get("plan") == plan.digest:
         return
-    old = begun.get("arguments", {})
-    differences = [
-        f"{name} was {old.get(name)!r}, now {plan.arguments.get(name)!r}"
-        for name in sorted(old.keys() | plan.arguments.keys())
-        if old.get(name) != plan.arguments.get(name)
-    ]
+    differences = _differences(begun.get("arguments", {}), plan.arguments)
     if begun.get("listed") != plan.listed:
         differences.append(f"{begun.get('listed')} items were listed, now {plan.listed}")
-    raise UserError(
+    raise _other_plan(folder, differences)
+
+
+def refuse_other_arguments(folder: Path, begun: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """`refuse_other_plan` without a list: only the arguments are compared."""
+    differences = _differences(begun.get("arguments", {}), arguments)
+    if differences:
+        raise _other_plan(folder, differences)
+
+
+def read_head(file: Path) -> dict[str, Any] | None:
+    """What `Plan.head` said of a folder that was begun; None: there is no such file."""
+    try:
+        head = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    if "cuts" not in head:
+        raise UserError(f"{file} was begun by another version of tools/make_shards.py: delete {file.parent.parent}")
+    return head
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _other_plan(folder: Path, differences: list[str]) -> UserError:
+    return UserError(
         f"{folder} holds shards of another plan: "
         + ("; ".join(differences) or "the same arguments, but annotations, file sizes or missing files have changed")
         + ". Finished shards would be mixed with other ones: choose another --out, or delete this folder"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from vlm.data.shard_build import build_shard
+from vlm.data.shard_build import Settings, build_shard
 from vlm.data.shard_format import shard_name
 from vlm.data.shard_plan import Cut
 from vlm.types import UserError
@@ -24,15 +24,24 @@ from vlm.types import UserError
 # How long an item may take before its process is ended: some time to begin with, and more for a large file.
 SECONDS_PER_ITEM = 300.0
 SECONDS_PER_MEGABYTE = 2.0
+REENCODING = 5  # times as much where clips are encoded again
 LOSSES = 2  # times that a process is lost at an item before the item is blamed (once may be another's doing)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a process must know to build shards of a plan."""
+
+    out: Path  # folder of the set
+    lines: Path  # the plan file
+    plan: str  # its digest
+    settings: Settings
+
+
 def build_shards(
-    out: Path,
-    plan_file: Path,
+    work: Work,
     cuts: Mapping[int, Cut],
     *,
-    check: bool,
     workers: int,
     progress: Callable[[int], None],
 ) -> None:
@@ -45,7 +54,7 @@ def build_shards(
     finished = 0
     try:
         for _ in range(min(workers, len(jobs))):
-            crew.append(_Worker(out, plan_file, check))
+            crew.append(_Worker(work))
             crew[-1].give(jobs.popleft())
         while busy := [worker for worker in crew if worker.job is not None]:
             ready = wait([worker.connection for worker in busy], timeout=1.0)
@@ -56,7 +65,7 @@ def build_shards(
                 if loss:
                     jobs.appendleft(_after_loss(job, worker.at, loss))
                     worker.stop()
-                    crew[crew.index(worker)] = worker = _Worker(out, plan_file, check)
+                    crew[crew.index(worker)] = worker = _Worker(work)
                 elif worker.job is None:
                     finished += job.cut.items
                 if worker.job is None and jobs:
@@ -92,11 +101,11 @@ def _after_loss(job: _Job, at: int | None, loss: str) -> _Job:
 class _Worker:
     """A process, the shard that it builds, the item it is at and since when."""
 
-    def __init__(self, out: Path, plan_file: Path, check: bool) -> None:
+    def __init__(self, work: Work) -> None:
         context = multiprocessing.get_context("forkserver")  # a clean process: nothing of the caller's threads
         context.set_forkserver_preload(["vlm.data.shard_pool"])
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, out, plan_file, check), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, work), daemon=True)
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
@@ -104,6 +113,7 @@ class _Worker:
         self.done = 0
         self._deadline = float("inf")
         self._seconds = 0.0
+        self._slower = 1 if work.settings.reencode is None else REENCODING
 
     def give(self, job: _Job) -> None:
         self.job, self.at, self.done, self._deadline = job, None, 0, float("inf")
@@ -120,7 +130,7 @@ class _Worker:
         if kind == "item":
             self.done += self.at is not None
             self.at, size = content
-            self._seconds = SECONDS_PER_ITEM + SECONDS_PER_MEGABYTE * size / 2**20
+            self._seconds = self._slower * (SECONDS_PER_ITEM + SECONDS_PER_MEGABYTE * size / 2**20)
             self._deadline = time.monotonic() + self._seconds
         elif kind == "finished":
             self.job = None
@@ -143,7 +153,7 @@ class _Worker:
         self.connection.close()
 
 
-def _work(connection: Connection, out: Path, plan_file: Path, check: bool) -> None:
+def _work(connection: Connection, work: Work) -> None:
     """A worker process: builds the shards that it is given, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
 
@@ -153,15 +163,15 @@ def _work(connection: Connection, out: Path, plan_file: Path, check: bool) -> No
     try:
         while True:
             number, cut, skip = connection.recv()
-            with plan_file.open("rb") as file:
-                file.seek(cut.offset)
-                lines = file.read(cut.nbytes).splitlines()
             try:
-                build_shard(out, number, lines, check, skip, report)
+                with work.lines.open("rb") as file:
+                    file.seek(cut.offset)
+                    lines = file.read(cut.nbytes).splitlines()
+                build_shard(work.out, number, lines, work.plan, work.settings, skip, report)
             except ConnectionError:
                 return
             except OSError as error:
-                connection.send(("unwritable", f"{out / shard_name(number)} cannot be written: {error}"))
+                connection.send(("unwritable", f"{work.out / shard_name(number)} cannot be written: {error}"))
             except Exception:
                 connection.send(("broken", traceback.format_exc()))
             else:

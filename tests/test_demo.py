@@ -115,10 +115,10 @@ def assert_only_the_small_set_was_trained(folder: Path, run: Path) -> None:
 def assert_score_agrees(run: Path) -> None:
     before = (run / "metrics.json").read_text()
     command = [sys.executable, "tools/score.py", str(run)]
-    scored = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    scored = subprocess.run([*command, "--check"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert scored.returncode == 0, scored.stderr
     (run / "metrics.json").unlink()
-    subprocess.run([*command, "--write"], cwd=REPOSITORY, capture_output=True, check=True)
+    subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True)
     assert json.loads((run / "metrics.json").read_text()) == json.loads(before)
 
 

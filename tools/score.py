@@ -1,7 +1,7 @@
-"""Recomputes RUN/metrics.json from RUN/predictions.jsonl, prints it, and says whether the file agrees.
+"""Recomputes RUN/metrics.json from RUN/predictions.jsonl, prints it, and says how it differs from what stood there.
 
-python tools/score.py runs/demo/vit_llama           exit status 1 where metrics.json is missing or differs
-python tools/score.py runs/demo/vit_llama --write   write metrics.json anew
+python tools/score.py runs/demo/vit_llama           write metrics.json
+python tools/score.py runs/demo/vit_llama --check   only compare: exit status 1 where metrics.json is missing or differs
 """
 
 from __future__ import annotations
@@ -20,33 +20,41 @@ from vlm.types import UserError
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--write", action="store_true", help="write the recomputed metrics.json")
+    parser.add_argument("--check", action="store_true", help="only compare metrics.json with the predictions")
     args = parser.parse_args(arguments)
     try:
-        return score(args.run, args.write)
+        return score(args.run, args.check)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def score(run: Path, write: bool) -> int:
-    """0: metrics.json agrees with the predictions (or was written); 1: it does not, or is missing."""
+def score(run: Path, check: bool) -> int:
+    """Returns 0; with `check`, 1 where metrics.json is missing or is not what the predictions give."""
     path = run / "metrics.json"
     metrics = metrics_of(read_predictions(run / "predictions.jsonl"), kinds_of(run))
     print(json.dumps(metrics, indent=1))
-    if write:
-        write_json(path, metrics)
-        print(f"{path}: written")
+    wrong = _what_is_wrong(path, metrics)
+    if not wrong:
+        print(f"{path}: equal to what its predictions give")
         return 0
-    if not path.exists():
-        print(f"{path}: missing; --write makes it", file=sys.stderr)
+    if check:
+        print(f"{path}: {wrong}; without --check it is written anew", file=sys.stderr)
         return 1
-    changed = differences(read_json(path), metrics)
-    if changed:
-        print(f"{path}: differs from its predictions ({'; '.join(changed)}); --write replaces it", file=sys.stderr)
-        return 1
-    print(f"{path}: equal to what its predictions give")
+    write_json(path, metrics)
+    print(f"{path}: written (before: {wrong})")
     return 0
+
+
+def _what_is_wrong(path: Path, metrics: dict[str, float]) -> str:
+    """Why metrics.json is not what the predictions give; "" where it is."""
+    if not path.exists():
+        return "missing"
+    try:
+        changed = differences(read_json(path), metrics)
+    except UserError as error:
+        return f"damaged ({error})"
+    return f"differs from its predictions ({'; '.join(changed)})" if changed else ""
 
 
 if __name__ == "__main__":

@@ -44,20 +44,27 @@ def test_equal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_different_then_written(run: Path, capsys: pytest.CaptureFixture[str], changed: dict, says: str) -> None:
     (run / "metrics.json").write_text(json.dumps(changed))
-    assert score.main([str(run)]) == 1
+    assert score.main([str(run), "--check"]) == 1
     assert says in capsys.readouterr().err
     assert json.loads((run / "metrics.json").read_text()) == changed
-    assert score.main([str(run), "--write"]) == 0
     assert score.main([str(run)]) == 0
+    assert says in capsys.readouterr().out
+    assert json.loads((run / "metrics.json").read_text()) == METRICS
+    assert score.main([str(run), "--check"]) == 0
 
 
 def test_no_metrics_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "metrics.json").unlink()
-    assert score.main([str(run)]) == 1
+    assert score.main([str(run), "--check"]) == 1
     assert "missing" in capsys.readouterr().err
+    assert not (run / "metrics.json").exists()
+    assert score.main([str(run)]) == 0
+    assert json.loads((run / "metrics.json").read_text()) == METRICS
     (run / "metrics.json").write_text("{")
-    assert score.main([str(run)]) == 2
+    assert score.main([str(run), "--check"]) == 1
     assert "metrics.json: line 1 is not JSON" in capsys.readouterr().err
+    assert score.main([str(run)]) == 0
+    assert json.loads((run / "metrics.json").read_text()) == METRICS
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,7 @@ def test_damaged_lines(run: Path, capsys: pytest.CaptureFixture[str], lines: lis
 )
 def test_metrics_beyond_reading(run: Path, capsys: pytest.CaptureFixture[str], text: str, says: str) -> None:
     (run / "metrics.json").write_text(text)
-    assert score.main([str(run)]) == 2
+    assert score.main([str(run), "--check"]) == 1
     assert says in capsys.readouterr().err
 
 
@@ -128,11 +135,9 @@ def test_a_disk_that_refuses(run: Path, capsys: pytest.CaptureFixture[str], monk
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("tempfile.mkstemp", refuse)
-    for main, arguments, name in (
-        (score.main, ["--write"], "metrics.json"),
-        (report.main, [], "report.html"),
-    ):
-        assert main([str(run), *arguments]) == 2
+    (run / "metrics.json").unlink()
+    for main, name in ((score.main, "metrics.json"), (report.main, "report.html")):
+        assert main([str(run)]) == 2
         assert capsys.readouterr().err.strip() == f"error: {run / name}: cannot be written (Read-only file system)"
 
 

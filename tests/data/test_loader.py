@@ -167,10 +167,12 @@ def test_errors_of_users_come_as_they_are_from_any_process(shards, workers):
     assert [item.key for item in items] == [shards.key(row) for row in range(2, 6)]
 
 
-def test_a_process_that_is_killed_is_told_with_the_likely_reason(shards):
-    with pytest.raises(UserError, match=r"ended by itself \(SIGKILL\): most likely memory.*data\.workers=1") as caught:
-        load(shards, 1, 1, Deadly({shards.key(row) for row in range(0, len(shards), 2)}))
-    assert "DataLoader" not in str(caught.value)
+def test_a_record_that_ends_its_process_is_replaced_like_a_broken_one(shards):
+    broken = {shards.key(row) for row in (3, 17)}
+    expected, found = load(shards, 1, 0, Fussy(broken)), load(shards, 1, 1, Deadly(broken))
+    assert [(keys, values) for keys, values, _ in found] == [(keys, values) for keys, values, _ in expected]
+    reasons = {incident.key: incident.reason for _, _, met in found for incident in met}
+    assert reasons == dict.fromkeys(broken, "the process that loaded it died: SIGKILL, twice")
 
 
 def test_a_shard_that_vanishes_is_named_at_once(shape_shards, tmp_path):

@@ -107,21 +107,21 @@ def _rows(file: Path) -> Iterator[TableRow | Rejected]:
 
 
 class _Numbered:
-    """Finds images by the number of their row, under the names that downloaders give."""
+    """Finds images by the number of their row. The first that is found shows how all are named."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder = folder
-        self.names = [f"GCC_{split}_{{0:09d}}", "{1:05d}/{0:09d}", "{0:09d}"]  # what was found last stands first
+        names = (f"GCC_{split}_{{0:09d}}", "{1:05d}/{0:09d}", "{0:09d}")
+        self.names = [name + suffix for name in names for suffix in IMAGE_SUFFIXES]
 
     def find(self, number: int) -> Path | str:
         """The file, or why there is none."""
         for name in self.names:
-            file = image_file(self.folder, name.format(number, number // 10000))
+            file = self.folder / name.format(number, number // 10000)
             if file.is_file():
-                self.names.remove(name)
-                self.names.insert(0, name)
+                self.names = [name]
                 return file
-        tried = ", ".join(sorted(name.format(number, number // 10000) for name in self.names))
+        tried = ", ".join(name.format(number, number // 10000) for name in self.names[:: len(IMAGE_SUFFIXES)])
         return f"no image of it in {self.folder} ({tried}): it was not downloaded"
 
 

@@ -98,12 +98,15 @@ def parse_list_row(line: str) -> tuple[str, int] | str:
 
 
 class VideoFinder:
-    """Finds video files below a folder by their name without suffix. The folder is listed once, when first needed."""
+    """Finds video files below a folder by their name without suffix. The folder is listed once, when first needed.
 
-    def __init__(self, root: Path) -> None:
+    `id_length`: so many letters of the name count; None: all.
+    """
+
+    def __init__(self, root: Path, id_length: int | None = None) -> None:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; --root must be the folder of the videos")
-        self.root = root
+        self.root, self.id_length = root, id_length
         self._by_stem: dict[str, list[Path]] | None = None
 
     def find(self, stem: str) -> Path | str:
@@ -115,7 +118,7 @@ class VideoFinder:
                 for name in sorted(names):
                     path = Path(folder, name)
                     if path.suffix.lower() in VIDEO_SUFFIXES:
-                        self._by_stem.setdefault(path.stem, []).append(path)
+                        self._by_stem.setdefault(path.stem[: self.id_length], []).append(path)
         found = self._by_stem.get(stem, [])
         if len(found) == 1:
             return found[0]

@@ -139,7 +139,7 @@ def test_pickled_and_forked_readers_read_the_same(made: Path) -> None:
 
 def test_many_shards_do_not_hold_many_files(made: Path) -> None:
     shards = ShardSet(made)
-    shards._files.most = 2
+    shards._files._open.most = 2
     for row in (0, 3, 6, 0, 3, 6):
         assert shards.read(row).row == row
     ours = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_link(name)]  # noqa: PTH115, PTH208

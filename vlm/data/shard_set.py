@@ -8,37 +8,54 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
 from vlm.data import shard_format as layout
+from vlm.data.remote import RemoteFiles
+from vlm.data.remote_sources import is_elsewhere
+from vlm.data.shard_files import MEND, Files, LocalFiles, ShardChangedError, damaged
 from vlm.data.shard_format import ShardError, ShardGoneError
 from vlm.types import Record, UserError
 
 HASHED_BYTES = 64 << 20
 """Largest index (about 600,000 rows) whose sha256 is compared with the manifest's when a set is opened (<= 0.3 s)."""
+CACHE_BYTES = 20 << 30
+_GAP = 4 * layout.BLOCK  # bytes between two members that are read rather than asked around: padding and headers
 
 
 class ShardSet:
     """The records of a folder that `write_shards` finished, by row of its index.
 
+    Args:
+        path: the folder: a path, `https://…`, `s3://bucket/dir`, `hf://datasets/org/repo/dir`, any URL that fsspec
+            knows, or `pipe:COMMAND` where `{}` stands for the name of a file.
+        cache: folder for pieces of sets that lie elsewhere; None: the user's folder for caches (`vlm.data.remote`).
+        cache_bytes: most that this folder may take; pieces used least recently leave.
+        retries: how often a file that is missing or does not come is tried again before that is an error.
+
     Opening costs no more for ten million rows than for a few: the index is mapped, not read. Checked are the manifest,
     the sizes of all files, the columns and rows of the index, and of an index up to `HASHED_BYTES` its sha256; each row
     is checked against the manifest when it is read. Cheap to send to worker processes (each maps the index and opens
-    the tars itself), and reads share no file position, so threads and forked processes may read at once.
+    the tars itself), and reads share no file position, so threads and forked processes may read at once. A shard that
+    was replaced after opening is noticed: its sha256 is compared with the manifest's, once.
 
     Raises UserError for a folder that is missing, unfinished, damaged or of another version.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: Path | str, *, cache: Path | None = None, cache_bytes: int = CACHE_BYTES, retries: int = 3
+    ) -> None:
+        place = unquote(str(path).removeprefix("file://")) if str(path).startswith("file://") else str(path)
+        self._files: Files = (
+            RemoteFiles(place, cache, cache_bytes, retries) if is_elsewhere(place) else LocalFiles(Path(place), retries)
+        )
+        self.path: Path | str = self._files.place if is_elsewhere(place) else Path(place)
         manifest = self.manifest
         self._sizes: tuple[int, ...] = tuple(shard["bytes"] for shard in manifest["shards"])
         self.members: tuple[str, ...] = tuple(manifest["members"])
@@ -46,26 +63,30 @@ class ShardSet:
         self._counts_tokens = "tokens" in manifest["counts"]
         hashes = ",".join(shard["sha256"] for shard in manifest["shards"])
         self.fingerprint = hashlib.sha256(f"{layout.FORMAT}/{layout.VERSION}:{hashes}".encode()).hexdigest()
-        _check_sizes(self.path, manifest)
-        self._open_index()
+        self._index_entry: dict[str, Any] = manifest["index"]
+        self._files.check(manifest)
+        index = self._open_index()
+        where = self._files.where(layout.INDEX)
         if len(self.index) != manifest["counts"]["records"]:
-            raise _damaged(self.path / layout.INDEX, f"{len(self.index)} rows", f"{manifest['counts']['records']}")
-        _check_index_hash(self.path / layout.INDEX, manifest["index"]["sha256"])
+            raise damaged(where, f"{len(self.index)} rows", f"{manifest['counts']['records']}")
+        _check_index_hash(index, where, self._index_entry)
 
-    def _open_index(self) -> None:
+    def _open_index(self) -> Path:
+        path, where = self._files.index(self._index_entry), self._files.where(layout.INDEX)
         try:
-            self.index = np.load(self.path / layout.INDEX, mmap_mode="r")
+            self.index = np.load(path, mmap_mode="r")
         except (OSError, ValueError, OverflowError) as error:
-            raise UserError(f"{self.path / layout.INDEX} cannot be opened ({error}); {_MEND}") from error
+            raise UserError(f"{where} cannot be opened ({error}); {MEND}") from error
         found = self.index.dtype
         key_bytes = found["key"].itemsize if "key" in (found.names or ()) else 0
         expected = layout.index_dtype(max(1, key_bytes), self.members, self._counts_questions, self._counts_tokens)
         if found != expected or self.index.ndim != 1:
-            raise UserError(f"{self.path / layout.INDEX} has columns {found}, not {expected}; {_MEND}")
-        self._files = _OpenFiles()
+            raise UserError(f"{where} has columns {found}, not {expected}; {MEND}")
+        return path
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "members", "fingerprint", "_sizes", "_counts_questions", "_counts_tokens")
+        kept = ("path", "members", "fingerprint", "_files", "_sizes", "_index_entry", "_counts_questions",
+                "_counts_tokens")  # fmt: skip
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -75,10 +96,15 @@ class ShardSet:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """What manifest.json says: counts, hours, bytes, shards, arguments, rejected items, warnings."""
-        return _read_manifest(self.path)
+        return _read_manifest(self._files.manifest(), self._files.where(layout.MANIFEST))
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of shards that this process took from where the set lies; what a local cache gave is not counted."""
+        return self._files.bytes_read
 
     @property
     def num_frames(self) -> np.ndarray:
@@ -116,35 +142,63 @@ class ShardSet:
         """The file name of the tar that holds a record."""
         return layout.shard_name(int(self._row(row)["shard"]))
 
-    def read(self, row: int) -> Record:
+    def read(self, row: int, members: Sequence[str] | None = None) -> Record:
         """One record by one ranged read.
 
+        Args:
+            members: read only these of its members, and the annotation, by as few reads as their places allow. None:
+                all. Names that the record has not are let pass, as they are when everything is read.
+
         Raises:
-            ShardGoneError: the shard's file is no longer there.
+            ShardGoneError: the shard's file is no longer there, or cannot be had.
+            ShardChangedError: the shard is another than the one that was written.
             ShardError: the shard is too short or not what it was, or the row of the index cannot be true.
         """
         entry = self._row(row)
-        name, shard = _name(entry), self.shard_name(row)
-        offset, nbytes = int(entry["offset"]), int(entry["nbytes"])
-        where = f"{self.path / shard}, bytes {offset} to {offset + nbytes} (record {layout.decode_key(name)!r})"
         flaw = self._flaw(entry)
         if flaw:
+            where = self._where(entry, int(entry["offset"]), int(entry["nbytes"]))
             raise ShardError(f"{where}: row {row} of {layout.INDEX} says that {flaw}, which cannot be")
+        number = int(entry["shard"])
         try:
-            data = self._files.read(self.path / shard, offset, nbytes)
-        except FileNotFoundError as error:
-            raise ShardGoneError(f"{self.path / shard} is gone: it was there when the set was opened") from error
-        except OSError as error:
-            raise ShardError(f"{where}: cannot be read: {error.strerror or error}") from error
-        if len(data) < nbytes:
-            raise ShardError(f"{where}: only {len(data)} bytes are there; the file was cut short after it was written")
-        if data[257:262] != b"ustar":
-            raise ShardError(f"{where}: no record begins there; tar and index are not of one set")
-        header = data[:100].rstrip(b"\0").decode("ascii", "replace")
-        if not header.startswith((f"{name}.", "././@PaxHeader")):  # the latter precedes names of 100 letters and more
-            raise ShardError(f"{where}: {header!r} is there; tar and index are not of one set")
-        members = {member: self._member(entry, member, offset, data) for member in self.members}
-        annotation = _read_annotation(members["json"] or b"", where)
+            record = self._read(row, entry, members, again=False)
+        except (ShardGoneError, ShardChangedError):
+            raise
+        except ShardError as error:
+            if not self._files.rereads:
+                raise ShardError(f"{error}{self._files.suspicion(number)}") from error
+            try:  # what came, or what the cache holds, may be to blame
+                record = self._read(row, entry, members, again=True)
+            except (ShardGoneError, ShardChangedError):
+                raise
+            except ShardError as second:
+                raise ShardError(f"{second}{self._files.suspicion(number)}") from second
+        self._files.confirm(number)
+        return record
+
+    def _read(self, row: int, entry: Any, members: Sequence[str] | None, again: bool) -> Record:
+        name, number = _name(entry), int(entry["shard"])
+        places = {member: (int(entry[f"{member}_offset"]), int(entry[f"{member}_nbytes"])) for member in self.members}
+        places = {member: place for member, place in places.items() if place[0] >= 0}
+        whole = int(entry["offset"]), int(entry["nbytes"])
+        wanted = {m: place for m, place in places.items() if members is None or m in members or m == "json"}
+        contents: dict[str, bytes] = {}
+        for start, length in [whole] if wanted == places else _spans(wanted.values()):
+            where = self._where(entry, start, length)
+            data = self._files.read(number, start, length, again)
+            if len(data) < length:
+                raise ShardError(
+                    f"{where}: only {len(data)} bytes are there; the file was cut short after it was written"
+                )
+            _check_header(data[: layout.BLOCK], name, where, first=wanted == places)
+            for member, (begin, nbytes) in wanted.items():
+                if start <= begin < start + length:
+                    contents[member] = data[begin - start : begin - start + nbytes]
+                    if wanted != places:
+                        header = data[begin - start - layout.BLOCK : begin - start]
+                        _check_header(header, name, where, member=member, nbytes=nbytes)
+        where = self._where(entry, *whole)
+        annotation = _read_annotation(contents.get("json", b""), where)
         if self._counts_questions and _count_questions(annotation) != entry["questions"]:
             raise ShardError(
                 f"{where}: it holds {_count_questions(annotation)} questions, the index says {entry['questions']}; tar "
@@ -152,19 +206,20 @@ class ShardSet:
             )
         return Record(
             key=layout.decode_key(name),
-            shard=shard,
+            shard=layout.shard_name(number),
             row=row,
-            video=members.get("video"),
+            video=contents.pop("video", None),
             annotation=annotation,
             num_frames=int(entry["num_frames"]),
             fps=float(entry["fps"]),
             decoders=tuple(name for name, bit in layout.DECODER_BITS.items() if entry["decoders"] & bit),
-            members={
-                name: content
-                for name, content in members.items()
-                if content is not None and name not in ("video", "json")
-            },
+            members={name: content for name, content in contents.items() if name != "json"},
         )
+
+    def _where(self, entry: Any, offset: int, nbytes: int) -> str:
+        """Bytes of a record, for messages."""
+        shard, key = layout.shard_name(int(entry["shard"])), layout.decode_key(_name(entry))
+        return f"{self._files.where(shard)}, bytes {offset} to {offset + nbytes} (record {key!r})"
 
     def _row(self, row: int) -> Any:
         if not 0 <= row < len(self.index):
@@ -180,51 +235,11 @@ class ShardSet:
             return f"it has {nbytes} bytes from {offset} on in a shard of {self._sizes[number]}"
         for member in self.members:
             start, length = int(entry[f"{member}_offset"]), int(entry[f"{member}_nbytes"])
-            if start != -1 and (length < 0 or not offset <= start <= offset + nbytes - length):
+            if start != -1 and (length < 0 or not offset + layout.BLOCK <= start <= offset + nbytes - length):
                 return f"its {member} has {length} bytes from {start} on, outside of it"
         if not (frames == layout.UNKNOWN or 0 < frames <= nbytes):
             return f"{frames} frames are in {nbytes} bytes"
         return ""
-
-    def _member(self, entry: Any, member: str, offset: int, data: bytes) -> bytes | None:
-        start = int(entry[f"{member}_offset"]) - offset
-        return data[start : start + int(entry[f"{member}_nbytes"])] if start >= 0 else None
-
-
-class _File:
-    """A file descriptor that closes with its last user."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class _OpenFiles:
-    """The tars read last, kept open; a bounded number, since a set may have thousands."""
-
-    def __init__(self, most: int = 64) -> None:
-        self.most = most
-        self._files: OrderedDict[Path, _File] = OrderedDict()
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-
-    def read(self, path: Path, offset: int, nbytes: int) -> bytes:
-        """Up to `nbytes` bytes; fewer only where the file ends."""
-        if self._process != os.getpid():  # a forked process: its parent's lock may be held by a thread that is gone
-            self.__init__(self.most)  # type: ignore[misc]
-        with self._lock:
-            file = self._files.pop(path, None) or _File(path)
-            self._files[path] = file
-            if len(self._files) > self.most:
-                self._files.popitem(last=False)
-        parts = []
-        while nbytes > 0 and (part := os.pread(file.descriptor, nbytes, offset)):
-            parts.append(part)
-            offset, nbytes = offset + len(part), nbytes - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _name(entry: Any) -> str:
@@ -247,25 +262,37 @@ def _count_questions(annotation: Mapping[str, Any]) -> int:
     return len(questions) if isinstance(questions, (list, tuple)) else 0
 
 
-_MEND = "copy the folder again, or delete it and run tools/make_shards.py"
+def _spans(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The reads (offset, nbytes) that cover contents at `places` and their headers; those side by side are one."""
+    spans: list[tuple[int, int]] = []
+    for start, nbytes in sorted(places):
+        first = start - layout.BLOCK
+        if spans and first - sum(spans[-1]) <= _GAP:
+            spans[-1] = spans[-1][0], start + nbytes - spans[-1][0]
+        else:
+            spans.append((first, start + nbytes - first))
+    return spans
 
 
-def _damaged(file: Path, found: str, expected: str) -> UserError:
-    return UserError(f"{file} has {found}, the manifest says {expected}: it was changed or cut after writing; {_MEND}")
+def _check_header(
+    header: bytes, name: str, where: str, *, first: bool = False, member: str = "", nbytes: int = -1
+) -> None:
+    """ShardError unless this is the tar header of a member of the record: of its `first`, or of `member`."""
+    if header[257:262] != b"ustar":
+        raise ShardError(f"{where}: no record begins there; tar and index are not of one set")
+    found = header[:100].rstrip(b"\0").decode("ascii", "replace")
+    begins = f"{name}.{member if member != 'video' else ''}"[:100]  # a video's suffix is that of its container
+    if not (found.startswith(begins) or (first and found.startswith("././@PaxHeader"))):  # before very long names
+        raise ShardError(f"{where}: {found!r} is there; tar and index are not of one set")
+    if nbytes >= 0 and header[124:136].rstrip(b"\0 ") != f"{nbytes:011o}".encode():
+        raise ShardError(f"{where}: its {member} has another length than the index says; they are not of one set")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / layout.MANIFEST
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; make the shards with tools/make_shards.py")
-    if not path.exists() and (folder / layout.UNFINISHED).exists():
-        raise UserError(f"{folder} is unfinished: tools/make_shards.py stopped in it; run the same command again")
-    if not path.exists():
-        raise UserError(f"{folder} holds no shard set (no {layout.MANIFEST}); make one with tools/make_shards.py")
+def _read_manifest(data: bytes, path: str) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(data)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); {_MEND}") from error
+        raise UserError(f"{path} is not JSON ({error}); {MEND}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != layout.FORMAT:
         raise UserError(f"{path} is not the manifest of a shard set")
     if manifest.get("version") != layout.VERSION:
@@ -273,7 +300,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
                         "write the shards again with tools/make_shards.py")  # fmt: skip
     flaw = _manifest_flaw(manifest)
     if flaw:
-        raise UserError(f"{path}: {flaw}, as no manifest says that tools/make_shards.py wrote; {_MEND}")
+        raise UserError(f"{path}: {flaw}, as no manifest says that tools/make_shards.py wrote; {MEND}")
     return manifest
 
 
@@ -309,18 +336,11 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
-    for file in (*manifest["shards"], manifest["index"]):
-        path = folder / file["name"]
-        found = path.stat().st_size if path.exists() else None
-        if found != file["bytes"]:
-            raise _damaged(path, "no file" if found is None else f"{found} bytes", f"{file['bytes']} bytes")
-
-
-def _check_index_hash(path: Path, expected: str) -> None:
-    if path.stat().st_size > HASHED_BYTES:
+def _check_index_hash(path: Path, where: str, entry: Mapping[str, Any]) -> None:
+    """`path` begins with the index; more may follow in a cache."""
+    if entry["bytes"] > HASHED_BYTES:
         return
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise _damaged(path, f"sha256 {found[:16]}…", f"{expected[:16]}…")
+        found = hashlib.sha256(file.read(entry["bytes"])).hexdigest()
+    if found != entry["sha256"]:
+        raise damaged(where, f"sha256 {found[:16]}…", f"{entry['sha256'][:16]}…")

@@ -1,0 +1,276 @@
+"""A folder of pieces of files that lie elsewhere, bounded, shared by any processes and runs.
+
+Nothing is ever locked for long, and no state outlives the files themselves: a piece is written beside the others under
+another name and renamed, and ends with checksums of its blocks, so that whatever a killed process, a full disk or a bad
+sector left is noticed when it is read, and taken away.
+
+    FOLDER/00 … ff/NAME   pieces: the content, then crc32 of each MiB of it, then its length (a trailer, so that a
+                          content that is an .npy can be mapped as it is)
+    FOLDER/unfinished/    pieces being written; what a killed process left goes after an hour
+    FOLDER/use            its length, times 4096, is about what all of it takes: a counter that appends and truncates
+                          as one system call each
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BLOCK = 1 << 20  # bytes that share a checksum
+UNIT = 4096  # bytes that a byte of `use` stands for
+FULL, KEPT = 0.95, 0.85  # of the bound: pieces go when more than the former is used, until the latter is
+ABANDONED = 3600.0  # seconds after which an unfinished piece that nobody writes to any more goes
+_TAIL = struct.Struct("<8sQ")
+_MAGIC = b"vlmpiece"
+
+
+class Piece:
+    """An open piece; it stays readable when its file is taken away meanwhile."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        size = os.fstat(descriptor).st_size
+        tail = os.pread(descriptor, _TAIL.size, max(0, size - _TAIL.size))
+        magic, self.nbytes = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (b"", 0)
+        blocks = -(-self.nbytes // BLOCK)
+        if magic != _MAGIC or size != _with_tail(self.nbytes):
+            raise ValueError("the end is missing")
+        self._sums = struct.unpack(f"<{blocks}I", os.pread(descriptor, 4 * blocks, self.nbytes))
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of the content. ValueError: what lies there is not what was written, or there are not so many."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
+            raise ValueError(f"bytes {offset} to {offset + nbytes} of {self.nbytes}")
+        parts = []
+        first, last = offset // BLOCK, -(-(offset + nbytes) // BLOCK)
+        for number in range(first, last):
+            block = os.pread(self._descriptor, min(BLOCK, self.nbytes - number * BLOCK), number * BLOCK)
+            if zlib.crc32(block) != self._sums[number]:
+                raise ValueError(f"block {number} is damaged")
+            start = max(0, offset - number * BLOCK)
+            parts.append(block[start : offset + nbytes - number * BLOCK])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class PieceCache:
+    """The pieces of a folder.
+
+    Args:
+        folder: made where there is none.
+        bound: bytes that the folder may take. Pieces used least recently leave. Where several processes share it the
+            smallest bound holds, and it may be passed by what the others write while one looks through the folder.
+    """
+
+    def __init__(self, folder: Path, bound: int) -> None:
+        self.folder, self.bound = folder, bound
+        self._thread_turn = threading.Lock()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> tuple[Path, int]:
+        return self.folder, self.bound
+
+    def __setstate__(self, state: tuple[Path, int]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def path(self, name: str) -> Path:
+        """Where a piece lies, or would."""
+        return self.folder / f"{zlib.crc32(name.encode()) & 0xFF:02x}" / name
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether a piece of so many bytes can be kept at all."""
+        return _taken(_with_tail(nbytes)) <= KEPT * self.bound
+
+    def open(self, name: str) -> Piece | None:
+        """A piece, counted as used now; None: it is not there, or was damaged at its end and has been removed."""
+        path = self.path(name)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            piece = Piece(descriptor)
+        except (ValueError, OSError):
+            self.remove(name)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return piece
+
+    def get(self, name: str, offset: int = 0, nbytes: int | None = None) -> bytes | None:
+        """Bytes of a piece (all of it by default); None: it is not there, or was damaged and has been removed."""
+        piece = self.open(name)
+        if piece is None:
+            return None
+        try:
+            return piece.read(offset, piece.nbytes - offset if nbytes is None else nbytes)
+        except (ValueError, OSError):
+            self.remove(name)
+            return None
+
+    def remove(self, name: str) -> None:
+        """Take a piece away; those who have it open may go on reading it."""
+        with contextlib.suppress(OSError):
+            self.path(name).unlink()
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep a piece. One that is larger than the folder may be is not kept. OSError: the disk refuses."""
+        if self.fits(len(data)):
+            with self.writing(name, len(data)) as write:
+                write.add(data)
+
+    @contextmanager
+    def writing(self, name: str, nbytes: int) -> Iterator[Writer]:
+        """Write a piece of `nbytes` bytes part by part; it appears when the block ends without an exception."""
+        self._reserve(_taken(_with_tail(nbytes)))
+        folder = self.folder / "unfinished"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path(name).parent.mkdir(exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder)
+        try:
+            writer = Writer(descriptor)
+            yield writer
+            writer.finish()
+            os.rename(temporary, self.path(name))  # noqa: PTH104
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)  # noqa: PTH108
+            raise
+        finally:
+            if writer.piece is None:
+                os.close(descriptor)
+
+    @contextmanager
+    def turn(self, name: str, seconds: float) -> Iterator[None]:
+        """Let one process after the other do what a large piece needs, so that it is fetched once.
+
+        Who waited for `seconds` goes on all the same, and so does everyone where the file system knows no locks.
+        """
+        if self._process != os.getpid():  # forked: the parent's lock may be held by a thread that is not here
+            self.__init__(self.folder, self.bound)  # type: ignore[misc]
+        until = time.monotonic() + seconds
+        mine = self._thread_turn.acquire(timeout=seconds)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"turn-{zlib.crc32(name.encode()) & 0xF:x}").open("ab") as file:
+                while True:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it goes with the process
+                        break
+                    except BlockingIOError:
+                        if time.monotonic() > until:
+                            break
+                        time.sleep(0.05)
+                    except OSError:
+                        break
+                yield
+        finally:
+            if mine:
+                self._thread_turn.release()
+
+    def _reserve(self, taken: int) -> None:
+        """Count `taken` bytes as used before they are written, and make room for them where there is none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        counter = self.folder / "use"
+        known = counter.stat().st_size * UNIT if counter.exists() else None
+        if known is None or known + taken > FULL * self.bound:
+            used = self._make_room(taken)
+            with counter.open("ab"):
+                os.truncate(counter, used // UNIT)
+        with counter.open("ab", buffering=0) as file:
+            file.write(b"\0" * (taken // UNIT))
+
+    def _make_room(self, taken: int) -> int:
+        """Remove what was used least recently until `taken` more bytes fit. Returns the bytes that remain."""
+        found, used = [], 0
+        for entry in _files(self.folder):
+            try:
+                status = entry.stat()
+            except OSError:  # another process removed it
+                continue
+            unfinished = Path(entry.path).parent.name == "unfinished"
+            if unfinished and time.time() - status.st_mtime > ABANDONED:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)  # noqa: PTH108
+                continue
+            used += _taken(status.st_size)
+            if not unfinished:
+                found.append((status.st_mtime_ns, status.st_size, entry.path))
+        if used + taken > FULL * self.bound:
+            for _, size, path in sorted(found):
+                if used + taken <= KEPT * self.bound:
+                    break
+                with contextlib.suppress(OSError):
+                    os.unlink(path)  # noqa: PTH108
+                used -= _taken(size)
+        return used
+
+
+class Writer:
+    """A piece on its way to disk."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._sums: list[int] = []
+        self._rest = 0  # bytes of the block that is not full yet
+        self.nbytes = 0
+        self.piece: Piece | None = None  # when it is finished
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        view = memoryview(data)
+        while view:
+            part = view[: BLOCK - self._rest]
+            if self._rest:
+                self._sums[-1] = zlib.crc32(part, self._sums[-1])
+            else:
+                self._sums.append(zlib.crc32(part))
+            _write(self._descriptor, part)
+            self.nbytes += len(part)
+            self._rest = (self._rest + len(part)) % BLOCK
+            view = view[len(part) :]
+
+    def restart(self) -> None:
+        """Forget what was added."""
+        os.ftruncate(self._descriptor, 0)
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        self._sums, self._rest, self.nbytes = [], 0, 0
+
+    def finish(self) -> None:
+        """Append the checksums; from here on the piece owns the file."""
+        _write(self._descriptor, struct.pack(f"<{len(self._sums)}I", *self._sums) + _TAIL.pack(_MAGIC, self.nbytes))
+        self.piece = Piece(self._descriptor)
+
+
+def _write(descriptor: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _with_tail(nbytes: int) -> int:
+    return nbytes + 4 * -(-nbytes // BLOCK) + _TAIL.size
+
+
+def _taken(nbytes: int) -> int:
+    """Bytes that a file of `nbytes` takes on disk."""
+    return -(-nbytes // UNIT) * UNIT
+
+
+def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for inner in folders:
+            with contextlib.suppress(OSError), os.scandir(inner) as files:
+                yield from (entry for entry in files if entry.is_file(follow_symlinks=False))

@@ -3,10 +3,11 @@
 import json
 import os
 import random
-import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from launching import run, start, train_arguments
 from safetensors.torch import load_file
@@ -48,8 +49,12 @@ def kill_after_step(arguments: list[str], folder: Path, step: int, processes: in
             break
         time.sleep(0.005)
     time.sleep(pause)
-    os.killpg(process.pid, signal.SIGKILL)
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]  # torchrun's sessions
+    for one in tree:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     process.communicate()
+    psutil.wait_procs(tree)
 
 
 def test_a_run_writes_its_five_files_and_a_full_log(shape_shards, tmp_path):

@@ -78,7 +78,7 @@ def make_plan(
 
     `file` takes the plan's lines; None only computes the digest. An item without its file, with a key that another
     has, or with an annotation that JSON cannot hold is rejected here. A video that lies, links followed, outside `root`
-    is noted. No item is kept: of ten million there are 200 MiB in memory, to know keys that come twice.
+    is noted. No item is kept: 2.5 million take 100 MB of memory, to know keys that come twice.
     """
     most = min(shard_samples or MAX_SHARD_ITEMS, MAX_SHARD_ITEMS)
     real_root = None if root is None else Path(os.path.realpath(root))

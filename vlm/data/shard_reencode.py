@@ -35,7 +35,7 @@ class Reencode:
     """Every so many frames one that needs no other: what is decoded to reach a frame."""
     fps: float | None = None
     """At most so many frames a second, the ones on show at 0, 1/fps, 2/fps, …; None: all frames."""
-    crf: int = 18
+    crf: int = 20
     """x264's quality: lower is nearer to the original, and larger."""
 
     def __post_init__(self) -> None:

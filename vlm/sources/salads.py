@@ -1,0 +1,130 @@
+"""50 Salads (Stein and McKenna 2013, https://doi.org/10.1145/2493432.2493482): 25 people make two salads each.
+
+Labels in either form: MS-TCN's `groundTruth/rgb-01-1.txt`, a label a frame, or the original
+`activityAnnotation/01-1-activityAnnotation.txt`, lines `start end label` in ticks of the sensors' clock, with
+`timestamps/timestamps-01-1.txt`, whose rows begin with the tick of each frame. Of the three levels in the original the
+lowest is taken, without its phases (`_prep`, `_core`, `_post`): the 17 actions of MS-TCN, between `action_start` and
+`action_end`. Videos are `rgb-01-1.avi`, found below the root by name.
+
+Splits are MS-TCN's lists (`train.split1` … `test.split5`), or `all`.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from vlm.sources.common import VideoFinder, read_text
+from vlm.sources.common_segments import ALL, Segment, open_tree, read_segments, segment
+from vlm.sources.common_tables import BadCell
+from vlm.types import Rejected, Sample, UserError
+
+ACTIONS = (
+    "cut_tomato", "place_tomato_into_bowl", "cut_cheese", "place_cheese_into_bowl", "cut_lettuce",
+    "place_lettuce_into_bowl", "add_salt", "add_vinegar", "add_oil", "add_pepper", "mix_dressing", "peel_cucumber",
+    "cut_cucumber", "place_cucumber_into_bowl", "add_dressing", "mix_ingredients", "serve_salad_onto_plate",
+    "action_start", "action_end",
+)  # fmt: skip
+
+_FOLDERS = ("groundTruth", "activityAnnotation", "ann-ts/activityAnnotation")
+_ORIGINAL = "-activityAnnotation"
+_PHASES = ("prep", "core", "post")
+_HIGH = ("cut_and_mix_ingredients", "prepare_dressing", "serve_salad")  # the highest level, left out
+_ROW = re.compile(r"(\d+)\s+(\d+)\s+(\S+)")
+_START, _END = ACTIONS[-2:]
+
+
+def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[Sample | Rejected]:
+    """Samples with `segments`; the key is MS-TCN's name of the video.
+
+    Args:
+        root: the folder of the dataset.
+        split: the name of a list in `{root}/splits`, or all.
+        annotations: folders of labels, a list (`.bundle`) and `mapping.txt`, each instead of that under `root`.
+
+    Raises UserError for a file that is missing or damaged as a whole.
+    """
+    tree = open_tree(root, split, annotations, folders=_FOLDERS, classes=ACTIONS)
+    if tree.bundle is None and split != ALL:
+        raise UserError(f"{root} has no list splits/{split}.bundle: give it with --annotations, or take the split all")
+    finder = VideoFinder(root)
+    files: dict[str, Path] = {}
+    for file in sorted(file for folder in reversed(tree.folders) for file in folder.glob("*.txt")):
+        name = f"rgb-{file.stem.removesuffix(_ORIGINAL)}" if file.stem.endswith(_ORIGINAL) else file.stem
+        if name not in files or not file.stem.endswith(_ORIGINAL):  # labels of frames need no other file
+            files[name] = file
+    if not files:
+        raise UserError(f"{root} has no labels ({', '.join(_FOLDERS)}): give their folder with --annotations")
+    for name in tree.names or sorted(files):
+        try:
+            if name not in files:
+                raise BadCell(f"{tree.bundle}: no labels of {name!r} in {', '.join(map(str, tree.folders))}")
+            segments, warnings = _segments(files[name], tree.classes)
+            video = finder.find(name)
+            if isinstance(video, str):
+                raise BadCell(video)
+        except BadCell as error:
+            yield Rejected(name, str(error), str(files.get(name, name)))
+            continue
+        yield Sample(key=name, video=video, annotation={"segments": segments}, warnings=warnings)
+
+
+def _segments(file: Path, classes: Mapping[str, int]) -> tuple[list[Segment], tuple[str, ...]]:
+    if not file.stem.endswith(_ORIGINAL):
+        return read_segments(file, classes)
+    name = f"timestamps-{file.stem.removesuffix(_ORIGINAL)}.txt"
+    ticks_file = file.parent.parent / "timestamps" / name
+    if not ticks_file.is_file():
+        raise BadCell(f"{file} is in ticks of a clock, and {ticks_file}, with the ticks of frames, is missing")
+    try:
+        return _from_ticks(file, ticks_file, classes)
+    except UserError as error:
+        raise BadCell(str(error)) from error
+
+
+def _from_ticks(file: Path, ticks_file: Path, classes: Mapping[str, int]) -> tuple[list[Segment], tuple[str, ...]]:
+    """Actions in the order in which they begin, each until the next begins, as in MS-TCN's labels."""
+    ticks = _read_ticks(ticks_file)
+    actions: list[tuple[int, int, str]] = []
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        where, found = f"{file} row {number}", _ROW.fullmatch(line.strip())
+        if found is None:
+            raise BadCell(f"{where}: {line!r:.60} is not of the form `start end label`")
+        name, _, phase = found[3].rpartition("_")
+        if found[3] in _HIGH:
+            continue
+        if phase not in _PHASES or name not in classes:
+            raise BadCell(f"{where}: {found[3]!r:.60} is no action of a phase {', '.join(_PHASES)}")
+        start, end = bisect_left(ticks, int(found[1])), bisect_right(ticks, int(found[2]))
+        if not start < end or not ticks[0] <= int(found[1]) <= int(found[2]) <= ticks[-1]:
+            raise BadCell(f"{where}: no frame of the video is between ticks {found[1]} and {found[2]}")
+        actions.append((start, end, name))
+    if not actions:
+        raise BadCell(f"{file}: has no action of a phase {', '.join(_PHASES)}")
+    last = max(end for _, end, _ in actions)
+    runs = [(0, _START), *((start, name) for start, _, name in sorted(actions)), (last, _END), (len(ticks), "")]
+    segments: list[Segment] = []
+    warnings: list[str] = []
+    for (start, name), (end, following) in pairwise(runs):
+        if segments and segments[-1]["name"] == name:
+            segments[-1]["end"] = end
+        elif start < end:
+            segments.append(segment(start, end, name, classes))
+        elif name not in (_START, _END):
+            warnings.append(f"{file}: {name!r} and {following!r} begin at frame {start}, so the former is left out")
+    return segments, tuple(warnings)
+
+
+def _read_ticks(file: Path) -> list[int]:
+    ticks: list[int] = []
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        first = line.split()[0] if line.strip() else ""
+        if not first.isdigit() or (ticks and int(first) <= ticks[-1]):
+            raise BadCell(f"{file} row {number}: {line!r:.60} does not begin with a tick later than the row before")
+        ticks.append(int(first))
+    return ticks

@@ -104,9 +104,7 @@ def measure(clip: Clip, how: Reencode, repeats: int) -> Measured:
     cost = time.process_time() - start
     info = inspect(made)
     decoders = check_decoders(made, info)
-    old, new = (
-        np.linspace(0, count - 1, FRAMES).round().astype(int) for count in (clip.info.num_frames, info.num_frames)
-    )
+    old, new = (_spaced(count) for count in (clip.info.num_frames, info.num_frames))
     before, after = [], []
     for _ in range(repeats):
         before.append(_seconds(clip.data, old, clip.decoders))

@@ -38,6 +38,7 @@ from vlm.files import replace_file, sync
 from vlm.types import UserError
 from vlm.weights import Loader, open_tensors
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # of a file called so it is no news that it is a still picture
 Report = Callable[[int, int], None]  # position of the item that is begun, bytes of its file
 
 
@@ -183,7 +184,7 @@ def _load(
         facts["decoders"] = ["pyav"]
         facts["outside"] = bool(item.get("outside"))
         if settings.check:
-            info = inspect(data)
+            info = inspect(data, picture=Path(item["file"]).suffix.lower() in PICTURES)
             warned += info.warnings
             facts["decoders"] = list(check_decoders(data, info))
             facts.update({name: getattr(info, name) for name in ("num_frames", "fps", "duration", "width", "height")})

@@ -41,8 +41,8 @@ class VideoInfo:
     """What decoding the whole video stream showed."""
 
     num_frames: int  # frames that PyAV decodes, not what the header promises
-    fps: float  # 0 when it cannot be known (a still picture has the nominal rate of its reader)
-    duration: float  # seconds from the first frame to the end of the last
+    fps: float  # 0 when it cannot be known, and of a still picture
+    duration: float  # seconds from the first frame to the end of the last; 0 of a still picture
     width: int  # of the frames as `decode` returns them, rotation applied
     height: int
     codec: str
@@ -51,8 +51,12 @@ class VideoInfo:
     warnings: tuple[str, ...] = ()
 
 
-def inspect(data: Source) -> VideoInfo:
-    """Decode the whole video stream with PyAV and say what is in it; raises DecodeError when no frame decodes."""
+def inspect(data: Source, *, picture: bool = False) -> VideoInfo:
+    """Decode the whole video stream with PyAV and say what is in it; raises DecodeError when no frame decodes.
+
+    `picture`: a still picture is expected, which else is warned of. A picture that was cut short is an error, since
+    FFmpeg would fill the missing part with grey.
+    """
     with _opened(data) as (container, stream):
         reader = _FrameReader(stream, container)
         times: list[float] = []
@@ -74,7 +78,11 @@ def inspect(data: Source) -> VideoInfo:
         wild = nominal and measured and not 0.5 < measured / nominal < 2
         turns, odd_angle = _quarter_turns(first)
         width, height = (first.height, first.width) if turns % 2 else (first.width, first.height)
-        warnings = _header_warnings(container, stream, reader, duration)
+        still = reader.count == 1 and _is_picture(container)
+        if still:
+            _refuse_cut_jpeg(data)
+            nominal = duration = measured = 0.0
+        warnings = _header_warnings(container, stream, reader, duration, picture)
         if odd_angle:
             warnings.append(f"the display matrix turns by {odd_angle} degrees, which is not applied")
         for index, other_width, other_height in sizes[1:]:
@@ -210,6 +218,8 @@ def container_extension(data: bytes) -> str | None:
         return "webm" if b"webm" in head[:64] else "mkv"
     if head.startswith(b"RIFF") and head[8:11] == b"AVI":
         return "avi"
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "webp"
     if len(data) > 188 and head[:1] == b"G" and data[188:189] == b"G":
         return "ts"
     magics = ((b"OggS", "ogv"), (b"GIF8", "gif"), (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "wmv"), (b"\0\0\1\xba", "mpg"),
@@ -273,6 +283,17 @@ def _video_stream(container: Any) -> Any:
     if best in videos:
         return best
     return max(videos, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), s.frames, -s.index))
+
+
+def _is_picture(container: Any) -> bool:
+    return container.format.name.endswith("_pipe")
+
+
+def _refuse_cut_jpeg(data: Source) -> None:
+    """A JPEG ends with a marker, which comes after the last scan begins. Thumbnails, with their own, come before."""
+    content = data if isinstance(data, bytes) else data.read_bytes()
+    if content.startswith(b"\xff\xd8\xff") and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+        raise DecodeError(f"cut short: a JPEG of {len(content)} bytes without its end")
 
 
 def _contains(data: Source, what: bytes) -> bool:
@@ -387,7 +408,9 @@ def _nominal_fps(stream: Any) -> float:
     return float(rate) if rate else 0.0
 
 
-def _header_warnings(container: Any, stream: Any, reader: _FrameReader, duration: float) -> list[str]:
+def _header_warnings(
+    container: Any, stream: Any, reader: _FrameReader, duration: float, picture: bool = False
+) -> list[str]:
     """Where the header and the decoded frames disagree."""
     found = []
     if stream.frames and stream.frames != reader.count:
@@ -398,7 +421,7 @@ def _header_warnings(container: Any, stream: Any, reader: _FrameReader, duration
             found.append(f"header promises {promised:.2f} s, {duration:.2f} s decode ({reader.count} frames)")
     if reader.stopped:
         found.append(f"decoding stops after {reader.count} frames: {reader.stopped}")
-    if container.format.name.endswith("_pipe"):
+    if _is_picture(container) and not picture:
         found.append(f"a still picture ({stream.codec_context.codec.canonical_name}), not a video")
     return found
 

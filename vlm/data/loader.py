@@ -103,18 +103,16 @@ class TrainDataset(Dataset[Batch]):
         """The batch of a plan."""
         examples: list[Example] = []
         incidents: list[Incident] = []
-        too_long = 0
         for position in plan.positions:
-            pack: list[Example] = []
             for slot, placed in enumerate(self.stream.samples(position)):
-                pack += self._load(placed, position, slot, incidents, watch)
-            if self.stream.pack_length is not None:
-                too_long += _tokens(pack) > self.stream.pack_length
-            examples += pack
+                examples += self._load(placed, position, slot, incidents, watch)
         rng = SampleRng(derive_seed("batch", self.stream.seed, plan.positions[0], len(plan.positions)))
-        batch = self.pipeline.collate(examples, rng)
-        counters = {**batch.counters, "packs_too_long": too_long} if too_long else batch.counters
-        return replace(batch, incidents=tuple(incidents), counters=counters)
+        batch = replace(self.pipeline.collate(examples, rng), incidents=tuple(incidents))
+        if self.stream.pack_length is not None:
+            tokens = max((len(rows.tokens) for rows in batch.views.values()), default=0)
+            if tokens > self.stream.pack_length * len(plan.positions):
+                batch.counters["packs_too_long"] = 1
+        return batch
 
     def _load(self, placed: Placed, position: int, slot: int, incidents: list[Incident], watch: Watch) -> list[Example]:
         """The examples of one place. The substitute for an unusable record depends on (seed, position) alone."""
@@ -144,12 +142,6 @@ class TrainDataset(Dataset[Batch]):
             f"{met[0].shards}: {len(met)} records in a row could not be used at position {position} ({listed}, …). "
             "Check the files with tools/make_shards.py without --no-check, or look at the storage"
         )
-
-
-def _tokens(examples: Sequence[Example]) -> int:
-    """Tokens of the longest view's rows together."""
-    views = {view for example in examples for view in example.rows}
-    return max((sum(len(row.ids) for e in examples for row in e.rows.get(view, ())) for view in views), default=0)
 
 
 def _incident(shards: ShardSet, row: int, reason: str, position: int) -> Incident:

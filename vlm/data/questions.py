@@ -33,6 +33,7 @@ from vlm.types import IGNORE, Ask, Batch, Example, Passage, Prompt, Record, Row,
 BLIND = "blind"
 PROBES = (BLIND,)
 """Conditions that should break a model that looks at the video: its features are zeroed."""
+_MEASURED = 32  # records whose rows are made to know how long rows become
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,14 +117,36 @@ class QuestionConfig:
         return None if self.share_questions else shards.num_questions
 
     def lengths(self, shards: ShardSet) -> np.ndarray:
-        """(samples,) tokens that each sample's row is expected to have, from the index alone: the prompt's own words,
-        its video and the record's text, of which each of several questions has an equal part."""
+        """(samples,) tokens that each sample's row is expected to have.
+
+        From the index: the tokens or characters of each record's text, of which each of its questions has an equal
+        part, times the most tokens that a part of such length became in `_MEASURED` records, plus the prompt's own.
+        """
+        text = text_lengths(shards).astype(np.float64)
+        counts = np.asarray(shards.num_questions)
+        if not self.share_questions:
+            text = text / np.maximum(counts, 1)
         prompt = len(self.blank().options[0][0].ids)
-        text = text_lengths(shards)
-        if self.share_questions:
-            return prompt + text
-        counts = shards.num_questions
-        return np.repeat(prompt + -(-text // np.maximum(counts, 1)), counts)
+        rate = 0.0
+        for row in np.unique(np.linspace(0, len(shards) - 1, _MEASURED).astype(int)):
+            rows = self._answer_rows(shards.read(int(row)))
+            if rows and self.share_questions:
+                rows, _ = share_prefixes(rows, learnt=False)
+                longest = sum(len(part.ids) for part in rows)
+            else:
+                longest = max((len(part.ids) for part in rows), default=0)
+            rate = max(rate, (longest - prompt) / text[row])
+        lengths = prompt + np.ceil(rate * text).astype(np.int64)
+        return lengths if self.share_questions else np.repeat(lengths, counts)
+
+    def _answer_rows(self, record: Record) -> list[Row]:
+        """Each question's row, its right option chosen; none of a damaged record, which is told when it is loaded."""
+        try:
+            asked = self._items(record)
+        except DecodeError:
+            return []
+        blind = not self.use_video
+        return [self._row(VIEWS["answer"](item, item.answer or 0), "answer", 0, blind, {})[0] for item in asked]
 
     def train(self, record: Record, rng: SampleRng, visit: Visit) -> list[Example]:
         """One question (`visit.part`), or all of a video, with a row for each view.

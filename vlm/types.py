@@ -150,7 +150,7 @@ class Incident(NamedTuple):
 
 COUNTERS = ("rows_shortened", "tokens_dropped", "rows_too_long", "packs_too_long")
 """What is counted of rows of text that do not fit: rows that lost tokens, the tokens, rows that stayed too long,
-micro-batches of packs whose rows are longer together than the packs may be (their lengths are planned from the index)."""
+micro-batches of packs whose rows are longer together than the packs may be (lengths are planned from the index)."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm.data.shard_reencode import is_still
 from vlm.data.shards import ShardSet, write_shards
 from vlm.data.video import DecodeError, container_extension, decode, inspect
 from vlm.types import Sample
@@ -89,3 +90,8 @@ def test_pictures_are_packed_and_read_back(tmp_path: Path) -> None:
     ]
     (warning,) = written.manifest["warnings"]  # of the picture that is called a video
     assert (warning["key"], warning["warning"]) == ("d", "a still picture (mjpeg), not a video")
+
+
+def test_pictures_are_not_encoded_again() -> None:
+    assert all(is_still(data) for data in KINDS.values())
+    assert not is_still(b"\0\0\0\x18ftypmp42")

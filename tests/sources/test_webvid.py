@@ -74,10 +74,15 @@ def test_byte_order_mark_and_crlf(root: Path) -> None:
 
 
 def test_places_of_clips(root: Path) -> None:
+    (root / "videos" / "1066674784.mp4").write_bytes(b"clip")
     rows = [row(), row(page_dir="000051_000100"), row(page_dir="")]
     paths = [item.video for item in read(root, "train", [table(root / "a.csv", rows)]) if isinstance(item, Sample)]
     flat = root / "videos" / "1066674784.mp4"
     assert paths == [root / "videos" / "000001_000050" / "1066674784.mp4", flat, flat]
+    flat.unlink()
+    (sample,) = read(root, "train", [table(root / "a.csv", rows[1:2])])
+    assert isinstance(sample, Sample)
+    assert sample.video == root / "videos" / "000051_000100" / "1066674784.mp4"  # where it should be
     (sample,) = read(root / "videos", "train", [table(root / "a.csv", [row()])])
     assert isinstance(sample, Sample)
     assert sample.video == paths[0]

@@ -22,7 +22,7 @@ from vlm.types import UserError
 
 _CLOCK = 90_000  # ticks a second: a whole number of them for each frame at 24, 25, 30 and 30000/1001 a second
 _TICK = 6e-4  # seconds by which containers round the times of frames
-_STILLS = ("jpg", "png")
+_STILLS = ("jpg", "png", "webp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

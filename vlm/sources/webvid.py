@@ -41,12 +41,14 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
                 continue
             try:
                 key = file_id(row.cells, "videoid")
-                folder = videos / file_id(row.cells, "page_dir") if row.cells.get("page_dir", "").strip() else videos
+                page_dir = file_id(row.cells, "page_dir") if row.cells.get("page_dir", "").strip() else ""
                 caption = text_of(row.cells, "name")
             except BadCell as error:
                 yield Rejected(row.cells["videoid"].strip() or f"{file.name}", f"{row.where}, {error}", str(file))
                 continue
-            video = (folder if is_folder(folder) else videos) / f"{key}.mp4"
+            video, flat = videos / page_dir / f"{key}.mp4", videos / f"{key}.mp4"
+            if not is_folder(video.parent) and flat.is_file():
+                video = flat
             yield Sample(key=key, video=video, annotation={"caption": caption}, warnings=_warnings(row))
 
 

@@ -285,6 +285,28 @@ def test_messages_keep_what_tensors_are():
                 assert np.array_equal(now, was)
 
 
+def test_messages_of_any_length():
+    here, there = pair()
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    for length in (0, 10, 16 << 10, 47 << 10, 49 << 10, 1 << 20):
+        for size in (1, 20_000, 1 << 20):
+            note = ("n" * length, {"reason": length})
+            send(here, note, Packed([torch.full((size,), 7), "x" * size]))
+            message = receive(there)
+            assert message.note == note
+            tensor, text = message.load()
+            assert torch.equal(tensor, torch.full((size,), 7))
+            assert text == "x" * size
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_processes_see_folder_and_variables_of_now(tmp_path, monkeypatch):
+    assert next(loaded(datasets.Surroundings()))[1] is None
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLM_TEST_OF_WORKERS", "x" * 100_000)
+    assert next(loaded(datasets.Surroundings())) == (str(tmp_path), "x" * 100_000)
+
+
 # Other processes -----------------------------------------------------------------------------------------------------
 
 SCRIPT = """

@@ -116,6 +116,11 @@ class Nested:
         return next(Loaded(Picky(), range(3), 1, "data.workers"))
 
 
+class Surroundings:
+    def __getitem__(self, item):
+        return os.getcwd(), os.environ.get("VLM_TEST_OF_WORKERS")  # noqa: PTH109
+
+
 class Leaky:
     """Keeps some MiB of each item."""
 

@@ -22,6 +22,8 @@ from vlm.types import UserError
 
 SMALL = 64 << 10  # bytes of a tensor that stay in the pickle; each larger one keeps its message's memory alive
 _INLINE = 16 << 10  # bytes of a pickle that fits into the socket itself
+_MOST = 48 << 10  # bytes of a message in the socket
+_END = b"."  # no message is empty: that is how the other end's death is told
 _ALIGN = 64
 _FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
@@ -69,13 +71,17 @@ def send(to: socket.socket, note: Sequence[Any], packed: Packed) -> None:
     Raises Closed.
     """
     head = pickle.dumps((tuple(note), packed.inline))
+    descriptors = [] if packed.memory is None else [packed.memory]
+    long = len(head) > _MOST
+    if long:
+        descriptors.insert(0, _to_memory([memoryview(head)]))
     try:
-        if packed.memory is None:
-            to.send(head, socket.MSG_NOSIGNAL)
-        else:
-            socket.send_fds(to, [head], [packed.memory], socket.MSG_NOSIGNAL)
+        socket.send_fds(to, [b"" if long else head, _END], descriptors, socket.MSG_NOSIGNAL)
     except ConnectionError as error:
         raise Closed from error
+    finally:
+        if long:
+            os.close(descriptors[0])
 
 
 class Message:
@@ -104,22 +110,26 @@ def receive(source: socket.socket, *, shared: bool = True) -> Message:
     """
     for last in (False, True):
         try:
-            head, descriptors, flags, _ = socket.recv_fds(source, 4 * _INLINE, 1, _FLAGS)
+            head, descriptors, flags, _ = socket.recv_fds(source, _MOST + len(_END), 2, _FLAGS)
             break
         except ConnectionResetError as error:  # told once, before what the other end had sent already
             if last:
                 raise Closed from error
     if not head:
         raise Closed
-    if flags & socket.MSG_CTRUNC:
-        raise UserError("what was loaded could not be received: this process may open no more files; raise `ulimit -n`")
-    note, inline = pickle.loads(head)
-    if not descriptors:
-        return Message(note, inline, None)
     try:
-        return Message(note, None, _mapped(descriptors[0], shared))
+        if flags & socket.MSG_CTRUNC:
+            raise UserError(
+                "what was loaded could not be received: this process may open no more files; raise `ulimit -n`"
+            )
+        if head == _END:
+            head = bytes(_pieces(_mapped(descriptors[0], shared=False))[0])
+            os.close(descriptors.pop(0))
+        note, inline = pickle.loads(head)
+        return Message(note, inline, _mapped(descriptors[0], shared) if descriptors else None)
     finally:
-        os.close(descriptors[0])
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import spawn
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -116,9 +117,11 @@ class SlotWatch:
 
 
 def own_memory(pid: int | str = "self") -> int:
-    """Resident bytes of a process that are its own: without files that it maps and memory that it shares."""
-    with open(f"/proc/{pid}/statm") as file:  # noqa: PTH123
-        resident, shared = map(int, file.read().split()[1:3])
+    """Resident bytes of a process of its own, without files that it maps and memory that it shares; 0: it ended."""
+    try:
+        resident, shared = map(int, Path(f"/proc/{pid}/statm").read_text().split()[1:3])
+    except (OSError, ValueError):
+        return 0
     return max(0, resident - shared) * mmap.PAGESIZE
 
 
@@ -137,8 +140,10 @@ def work(connection: socket.socket, slot: Slot) -> None:
     slot.write(BUSY)
     try:
         message = receive(connection, shared=False)
-        folder, sys.path[:], main, most_memory = message.note
+        folder, environment, sys.path[:], main, most_memory = message.note
         os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
         dataset = message.load(lambda: spawn.prepare(main))  # the trainer's script, where classes come from it
         del message
         if most_memory and own_memory() > most_memory:
@@ -191,8 +196,11 @@ def serve(descriptor: int) -> NoReturn:
     poll = select.poll()
     for source in (awake, descriptor):
         poll.register(source, select.POLLIN)
+    trainer = os.getppid()
     while True:
-        ready = {place for place, _ in poll.poll()}
+        ready = {place for place, _ in poll.poll(5000)}
+        if os.getppid() != trainer:  # gone, though a process that it forked may hold its end of the socket
+            os._exit(0)
         if awake in ready:
             os.read(awake, 4096)
             _bury(workers)

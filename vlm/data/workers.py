@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import os
 import select
 import signal
 import sys
@@ -209,16 +210,7 @@ class Loaded(Iterator[Any]):
             heapq.heappop(self._backlog)
 
     def _start(self) -> None:
-        main = sys.modules["__main__"]
-        name, file = getattr(getattr(main, "__spec__", None), "name", None), getattr(main, "__file__", None)
-        again = (
-            {"init_main_from_name": name}
-            if name
-            else {"init_main_from_path": str(Path(file).resolve())}
-            if file
-            else {}
-        )
-        worker = Worker((str(Path.cwd()), sys.path, again, self._most_memory), self._packed)
+        worker = Worker((str(Path.cwd()), dict(os.environ), sys.path, _script(), self._most_memory), self._packed)
         self._crew[worker.fileno()] = worker
         self._poll.register(worker.fileno(), select.POLLIN)
 
@@ -231,13 +223,13 @@ class Loaded(Iterator[Any]):
             at = worker.slot.read()
             since = at.since if at.pid else worker.since
             most = self._seconds if at.state == SAMPLE else max(self._seconds, _OUTSIDE_SECONDS)
-            if (at.state != IDLE or not at.pid) and now - since > most:
+            waits = at.pid and at.state == IDLE
+            if not waits and now - since > most:
                 if worker.late is None or worker.late[0] != since:
                     worker.late = (since, now)
                 elif now - worker.late[1] > _GRACE * most:
-                    self._replace(
-                        worker, at, f"took more than {most:g} s {'to load' if at.label else 'outside a sample'}"
-                    )
+                    what = "to load" if at.state == SAMPLE else "outside a sample" if at.pid else "to start"
+                    self._replace(worker, at, f"took more than {most:g} s {what}")
             elif at.state == SAMPLE and self._most_memory and now - since > _TICK:
                 grown = own_memory(at.pid)
                 if grown > _MEMORY_FACTOR * self._most_memory:
@@ -301,6 +293,15 @@ class Loaded(Iterator[Any]):
             f"a process that loads data takes {memory / 2**20:.0f} MiB of memory before it has loaded anything, more "
             f"than the {self._most_memory / 2**20:.0f} MiB that it may have: allow it more"
         )
+
+
+def _script() -> dict[str, str]:
+    """How a worker finds what is defined in the trainer's script (as multiprocessing.spawn.prepare wants it)."""
+    main = sys.modules["__main__"]
+    name, file = getattr(getattr(main, "__spec__", None), "name", None), getattr(main, "__file__", None)
+    if name:
+        return {"init_main_from_name": name}
+    return {"init_main_from_path": str(Path(file).resolve())} if file else {}
 
 
 def _how(code: int | None) -> str:

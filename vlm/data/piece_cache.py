@@ -1,14 +1,13 @@
 """A folder of pieces of files that lie elsewhere, bounded, shared by any processes and runs.
 
-Nothing is ever locked for long, and no state outlives the files themselves: a piece is written beside the others under
-another name and renamed, and ends with checksums of its blocks, so that whatever a killed process, a full disk or a bad
-sector left is noticed when it is read, and taken away.
+A piece is written under another name and renamed, and ends with checksums of its blocks: what a killed process, a full
+disk or a bad sector left is noticed when it is read, and taken away. Locks go with their processes and are waited for
+only so long; without them the bound is not exact, and large pieces may be fetched twice.
 
     FOLDER/00 … ff/NAME   pieces: the content, then crc32 of each MiB of it, then its length (a trailer, so that a
                           content that is an .npy can be mapped as it is)
     FOLDER/unfinished/    pieces being written; what a killed process left goes after an hour
-    FOLDER/use            its length, times 4096, is about what all of it takes: a counter that appends and truncates
-                          as one system call each
+    FOLDER/use            its length, times 4096, is what all of it takes; locked while someone counts
 """
 
 from __future__ import annotations
@@ -24,10 +23,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 BLOCK = 1 << 20  # bytes that share a checksum
 UNIT = 4096  # bytes that a byte of `use` stands for
 FULL, KEPT = 0.95, 0.85  # of the bound: pieces go when more than the former is used, until the latter is
+PATIENCE = 5.0  # seconds to wait for others who count; a process that was stopped in between may hold them up
 ABANDONED = 3600.0  # seconds after which an unfinished piece that nobody writes to any more goes
 _TAIL = struct.Struct("<8sQ")
 _MAGIC = b"vlmpiece"
@@ -69,8 +70,8 @@ class PieceCache:
 
     Args:
         folder: made where there is none.
-        bound: bytes that the folder may take. Pieces used least recently leave. Where several processes share it the
-            smallest bound holds, and it may be passed by what the others write while one looks through the folder.
+        bound: bytes that the folder may take. Pieces used least recently leave. Where several processes share it, the
+            smallest bound holds.
     """
 
     def __init__(self, folder: Path, bound: int) -> None:
@@ -133,15 +134,12 @@ class PieceCache:
     @contextmanager
     def writing(self, name: str, nbytes: int) -> Iterator[Writer]:
         """Write a piece of `nbytes` bytes part by part; it appears when the block ends without an exception."""
-        self._reserve(_taken(_with_tail(nbytes)))
-        folder = self.folder / "unfinished"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path(name).parent.mkdir(exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder)
+        descriptor, temporary = self._reserve(nbytes)
+        writer = Writer(descriptor)
         try:
-            writer = Writer(descriptor)
             yield writer
             writer.finish()
+            self.path(name).parent.mkdir(exist_ok=True)
             os.rename(temporary, self.path(name))  # noqa: PTH104
         except BaseException:
             with contextlib.suppress(OSError):
@@ -164,32 +162,29 @@ class PieceCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / f"turn-{zlib.crc32(name.encode()) & 0xF:x}").open("ab") as file:
-                while True:
-                    try:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it goes with the process
-                        break
-                    except BlockingIOError:
-                        if time.monotonic() > until:
-                            break
-                        time.sleep(0.05)
-                    except OSError:
-                        break
+                _lock(file, until)
                 yield
         finally:
             if mine:
                 self._thread_turn.release()
 
-    def _reserve(self, taken: int) -> None:
-        """Count `taken` bytes as used before they are written, and make room for them where there is none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        counter = self.folder / "use"
-        known = counter.stat().st_size * UNIT if counter.exists() else None
-        if known is None or known + taken > FULL * self.bound:
-            used = self._make_room(taken)
-            with counter.open("ab"):
-                os.truncate(counter, used // UNIT)
-        with counter.open("ab", buffering=0) as file:
-            file.write(b"\0" * (taken // UNIT))
+    def _reserve(self, nbytes: int) -> tuple[int, str]:
+        """Make room for a piece and an unfinished file of its size. Returns (descriptor, path of it).
+
+        The file has its full size from the beginning, so whoever looks through the folder meanwhile counts it.
+        """
+        size = _with_tail(nbytes)
+        unfinished = self.folder / "unfinished"
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "use").open("ab", buffering=0) as counter:
+            _lock(counter, time.monotonic() + PATIENCE)
+            known = os.fstat(counter.fileno()).st_size * UNIT
+            if known == 0 or known + _taken(size) > FULL * self.bound:
+                os.ftruncate(counter.fileno(), self._make_room(_taken(size)) // UNIT)
+            counter.write(b"\0" * (_taken(size) // UNIT))
+            descriptor, path = tempfile.mkstemp(dir=unfinished)
+            os.ftruncate(descriptor, size)
+        return descriptor, path
 
     def _make_room(self, taken: int) -> int:
         """Remove what was used least recently until `taken` more bytes fit. Returns the bytes that remain."""
@@ -222,6 +217,7 @@ class Writer:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        os.lseek(descriptor, 0, os.SEEK_SET)
         self._sums: list[int] = []
         self._rest = 0  # bytes of the block that is not full yet
         self.nbytes = 0
@@ -241,16 +237,25 @@ class Writer:
             self._rest = (self._rest + len(part)) % BLOCK
             view = view[len(part) :]
 
-    def restart(self) -> None:
-        """Forget what was added."""
-        os.ftruncate(self._descriptor, 0)
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        self._sums, self._rest, self.nbytes = [], 0, 0
-
     def finish(self) -> None:
         """Append the checksums; from here on the piece owns the file."""
+        os.ftruncate(self._descriptor, self.nbytes)  # where less came than was reserved
         _write(self._descriptor, struct.pack(f"<{len(self._sums)}I", *self._sums) + _TAIL.pack(_MAGIC, self.nbytes))
         self.piece = Piece(self._descriptor)
+
+
+def _lock(file: IO[bytes], until: float) -> None:
+    """Lock a file; it goes with the process. Not locked after `until`, nor where the file system knows no locks."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return
+            time.sleep(0.003)
+        except OSError:
+            return
 
 
 def _write(descriptor: int, data: bytes | memoryview) -> None:

@@ -129,16 +129,16 @@ class RemoteFiles:
                 self.cache.remove(name)
                 piece = None
             if piece is None:
-                with self.cache.turn(name, time_for(entry["bytes"])):
-                    if self.cache.open(name) is None:
-                        self._fetch_index(name, entry)
+                self._fetch_index(name, entry)
             if self.cache.path(name).exists():
                 return self.cache.path(name)
         raise UserError(f"{self.cache.folder}: pieces vanish as they are written; is something else clearing it?")
 
     def _fetch_index(self, name: str, entry: Mapping[str, Any]) -> None:
         try:
-            self._fetch(layout.INDEX, name, entry["bytes"], entry["sha256"], counted=False)
+            with self.cache.turn(name, time_for(entry["bytes"])):
+                if self.cache.open(name) is None:
+                    self._fetch(layout.INDEX, name, entry["bytes"], entry["sha256"], counted=False)
         except Gone as error:
             raise damaged(self.where(layout.INDEX), "no file", f"{entry['bytes']} bytes") from error
         except Changed as error:
@@ -224,16 +224,16 @@ class RemoteFiles:
         if (data := self.cache.get(piece, offset, nbytes)) is not None:
             return data
         self._check_room()
-        with self.cache.turn(piece, time_for(self._sizes[number])):
-            if (data := self.cache.get(piece, offset, nbytes)) is not None:
-                return data
-            try:
+        try:
+            with self.cache.turn(piece, time_for(self._sizes[number])):
+                if (data := self.cache.get(piece, offset, nbytes)) is not None:
+                    return data
                 fetched = self._fetch(name, piece, self._sizes[number], self._sha256_of(number), counted=True)
                 return fetched.read(offset, nbytes)
-            except ValueError as error:
-                raise ShardError(f"{self.cache.path(piece)} was damaged as it was written ({error})") from error
-            except OSError as error:
-                raise self._unwritable(error) from error
+        except ValueError as error:
+            raise ShardError(f"{self.cache.path(piece)} was damaged as it was written ({error})") from error
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _fetch(self, name: str, piece: str, nbytes: int, sha256: str, counted: bool) -> Piece:
         """A whole file, checked against its hash, into the cache. OSError: the cache cannot be written."""
@@ -311,6 +311,7 @@ class RemoteFiles:
                 self._lost.discard(name)
                 return result
             except SourceError as error:
+                self.source.forget(name)
                 if number == last or isinstance(error, NoRanges) or (gone_at_once and isinstance(error, Gone)):
                     raise
                 pauses = [min(BACKOFF * 2**n, LONGEST_BACKOFF) for n in range(last)]

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 import psutil
 import requests
+from fsspec.registry import known_implementations
 from webdataset.gopen import gopen, set_options
 
 from vlm.types import UserError
@@ -61,6 +62,9 @@ class Source(Protocol):
     def get(self, name: str, start: int, stop: int) -> Fetched: ...
 
     def stream(self, name: str, seconds: float) -> Iterator[bytes]: ...
+
+    def forget(self, name: str) -> None:
+        """Nothing that was learnt of a file counts any more."""
 
 
 def is_elsewhere(path: str) -> bool:
@@ -135,6 +139,9 @@ class HttpSource:
         with self._answer(name, {}) as answer:
             yield from self._body(answer, until)
 
+    def forget(self, name: str) -> None:
+        pass
+
     def _answer(self, name: str, headers: dict[str, str]) -> requests.Response:
         url = urlunsplit(self._url._replace(path=f"{self._url.path.rstrip('/')}/{name}"))
         headers = {"Accept-Encoding": "identity", **headers}
@@ -207,7 +214,7 @@ class FsspecSource:
         try:
             system, path = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
         except ImportError as error:
-            package = fsspec.registry.known_implementations.get(protocol, {}).get("class", protocol).split(".")[0]
+            package = known_implementations.get(protocol, {}).get("class", protocol).split(".")[0]
             extra = "pip install -e '.[remote]'" if package == "s3fs" else f"pip install {package}"
             raise UserError(f"{self.shown}: {protocol}:// needs a package that is not installed: {extra}") from error
         except ValueError as error:
@@ -228,14 +235,11 @@ class FsspecSource:
             self._known[name] = time.monotonic(), total, version
         if total is not None and start >= total:
             return Fetched(b"", total, version)
-        try:
-            data = _within(time_for(stop - start), lambda: system.cat_file(path, start=start, end=stop))
-        except SourceError:
-            self._known.pop(name, None)
-            raise
-        if len(data) < stop - start:
-            self._known.pop(name, None)
+        data = _within(time_for(stop - start), lambda: system.cat_file(path, start=start, end=stop))
         return Fetched(bytes(data), total, version)
+
+    def forget(self, name: str) -> None:
+        self._known.pop(name, None)
 
     def stream(self, name: str, seconds: float) -> Iterator[bytes]:
         system, folder = self._opened()
@@ -317,6 +321,9 @@ class PipeSource:
                 raise (SourceError if came else Gone)(words) from error
         finally:
             _end(pipe)
+
+    def forget(self, name: str) -> None:
+        pass
 
 
 def _end(pipe: Any) -> None:

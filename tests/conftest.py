@@ -28,9 +28,12 @@ NO_GOLDEN joins them while VLM_GOLDENS is not set."""
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that a test starts are not of a process group that another test joined in this process."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # LOCAL_RANK alone: DeepSpeed asks for it
+def _alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that a test starts are not of a process group that another test joined in this process; a test that
+    joins one itself, by a fixture `world`, keeps it."""
+    if "world" in request.fixturenames:
+        return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -328,12 +328,25 @@ if __name__ == "__main__":
 """
 
 
-def trainer(tmp_path, base, arguments, process_group=None, **environment):
-    script = tmp_path / "trainer.py"
-    script.write_text(SCRIPT.format(base=base, arguments=arguments))
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=environment, process_group=process_group)  # fmt: skip
+@pytest.fixture
+def trainer(tmp_path):
+    """Starts SCRIPT with a dataset; ended with the test, whatever comes of it."""
+    started = []
+
+    def start(base, arguments, process_group=None, **environment):
+        script = tmp_path / "trainer.py"
+        script.write_text(SCRIPT.format(base=base, arguments=arguments))
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
+        started.append(
+            subprocess.Popen([sys.executable, "-W", "error::ResourceWarning", script], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, env=environment, process_group=process_group)
+        )  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def names_held(pids) -> set[str]:
@@ -354,9 +367,9 @@ def names_held(pids) -> set[str]:
     return found - {""}
 
 
-def test_nothing_is_left_of_a_trainer_that_is_killed(tmp_path):
+def test_nothing_is_left_of_a_trainer_that_is_killed(trainer, tmp_path):
     (tmp_path / "tmp").mkdir()
-    process = trainer(tmp_path, "Samples", "{3: 'hang'}", TMPDIR=str(tmp_path / "tmp"))
+    process = trainer("Samples", "{3: 'hang'}", TMPDIR=str(tmp_path / "tmp"))
     assert process.stdout.readline().strip() == "[(0, None), (1, None)]"
     pids = [int(pid) for pid in process.stdout.readline().split()]
     assert len(pids) == 3
@@ -368,13 +381,14 @@ def test_nothing_is_left_of_a_trainer_that_is_killed(tmp_path):
     assert list((tmp_path / "tmp").rglob("*")) == []
 
 
-def test_ctrl_c_is_told_once(tmp_path):
-    process = trainer(tmp_path, "Slow", "", process_group=0)
+def test_ctrl_c_is_told_once(trainer):
+    process = trainer("Slow", "", process_group=0)
     process.stdout.readline()
     pids = [int(pid) for pid in process.stdout.readline().split()]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     errors = process.communicate()[1]
     assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyboardInterrupt")
     assert gone(pids)
 
 

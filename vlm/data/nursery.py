@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -40,6 +41,14 @@ class Nursery:
             process_group=0,
         )
         theirs.close()
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        """At the end of a trainer that is not killed: nothing of it is left a moment later either."""
+        if self.owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
+            self._control.close()
 
     def alive(self) -> bool:
         return self.owner == os.getpid() and self._process.poll() is None
@@ -53,7 +62,7 @@ class Nursery:
 
     def kill(self, number: int) -> None:
         if self.owner == os.getpid():  # not a process that was forked from it
-            with contextlib.suppress(ConnectionError):  # workers end with the nursery
+            with contextlib.suppress(OSError):  # it has ended, and its workers with it
                 self._control.send(f"kill {number}".encode(), socket.MSG_NOSIGNAL)
 
 

@@ -98,6 +98,8 @@ def write_vlm(path: Path, model: Model, recipe: System | None) -> None:
     frozen = parts[1]
     files = {f.name: {"bytes": f.stat().st_size, "sha256": file_hash(f)} for f in sorted(path.iterdir())}
     recipe_part = {"recipe": {"model": model.settings}} if model.settings else {}
+    rows = {name.removeprefix("inputs."): stated.value for name, stated in input_settings(model).items()}
+    inputs_part = {"inputs": rows} if rows and model.kind in GATED else {}
     manifest = {
         "format": checkpoint.FORMAT,
         "step": model.step,
@@ -109,6 +111,7 @@ def write_vlm(path: Path, model: Model, recipe: System | None) -> None:
         },
         "source": model.source,
         **recipe_part,
+        **inputs_part,
     }
     with atomic_file(path / "manifest.json") as file:
         file.write((json.dumps(manifest, indent=1) + "\n").encode())
@@ -300,6 +303,7 @@ def settle_gated(model: Model, options: argparse.Namespace) -> Callable[[Path, M
             raise UserError(
                 f"{options.source} is a {KIND_TITLES[model.kind]}; recipe {options.recipe} is another system."
             )
+        config = replace(config, init_from=None)
         model.notes += other_inputs(model, recipe.inputs)
     needed = options.to_format == "vlm"
     fitted = gated_files.fit(model, config, options.base, subject, options.trained_on, needed)

@@ -18,8 +18,9 @@ from tests import released as r
 from vlm.config import to_dict
 from vlm.models import gated_files
 from vlm.models.gated_files import stored_config
+from vlm.models.trained import other_rows
 from vlm.models.vamos import Vamos
-from vlm.recipe import load
+from vlm.recipe import check_inputs, load
 from vlm.run import checkpoint
 from vlm.types import UserError
 from vlm.weights import state_hash
@@ -461,3 +462,46 @@ def test_logits_that_differ_are_refused(
     said = r.refusal(capsys, tmp_path / "best.pth", tmp_path / "o", "--from", "vamos", "--to", "vlm", "--base", llama)
     assert "not the same model, so nothing was written" in said
     assert not (tmp_path / "o").exists()
+
+
+# ---------------------------------------------------------------------------------------------- as a start
+
+
+def test_training_starts_from_a_converted_file(tmp_path: Path) -> None:
+    recipe = recipe_of("vico")
+    content = r.released(tmp_path / "best.pth", "vico")
+    ours = tmp_path / "ours"
+    r.convert(tmp_path / "best.pth", ours, "--from", "vico", "--to", "vlm", *recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        started = load(recipe[1], [*recipe[2:], f"model.init_from={ours}"]).model.build()
+        fresh = load(recipe[1], recipe[2:]).model.build()
+        with pytest.raises(UserError, match=r"trained with other settings .*llama\.norm_eps: 1e-06 -> 1e-05"):
+            load(recipe[1], [*recipe[2:], f"model.init_from={ours}", "model.llama.norm_eps=1e-5"]).model.build()
+        with pytest.raises(UserError, match="other frozen weights"):
+            load(recipe[1], [*recipe[2:], f"model.init_from={ours}", "model.llama.random_seed=7"]).model.build()
+    want = content["model"]
+    assert same({n: t for n, t in started.state_dict().items() if n in want}, want)
+    assert not same({n: t for n, t in fresh.state_dict().items() if n in want}, want)
+    with pytest.raises(UserError, match=r"is no checkpoint of ours .*convert_ckpt"):
+        load(recipe[1], [*recipe[2:], f"model.init_from={tmp_path / 'best.pth'}"]).model.build()
+    with (ours / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(UserError, match="content differs from the manifest"):
+        load(recipe[1], [*recipe[2:], f"model.init_from={ours}"]).model.build()
+
+
+def test_rows_of_another_make_are_told_when_it_runs(tmp_path: Path) -> None:
+    """Released Vamos files on captions alone were trained on rows with places of the token 0."""
+    recipe = [*recipe_of("vamos"), "model.use_video=false", "inputs.use_video=false", "inputs.max_length=128"]
+    r.released(tmp_path / "best.pth", "vamos", {"use_vis": False, "use_cap": True, "llama_model_path": "x/"})
+    ours = tmp_path / "ours"
+    r.convert(tmp_path / "best.pth", ours, "--from", "vamos", "--to", "vlm", *recipe)
+    with pytest.warns(UserWarning, match="rows made otherwise .*To run it as it was: .*inputs.blind_placeholders=true"):
+        check_inputs(load(recipe[1], [*recipe[2:], f"model.init_from={ours}"]))
+    mended = [*recipe[2:], "inputs.blind_placeholders=true", "inputs.caption=llava_v15_13b_n6"]
+    assert other_rows(ours, load(recipe[1], mended).inputs) == ""
+    assert other_rows(ours, load(recipe[1], [*mended, "inputs.caption=other"]).inputs).endswith(
+        "To run it as it was: inputs.caption=llava_v15_13b_n6"
+    )

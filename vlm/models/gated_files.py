@@ -214,7 +214,7 @@ def _llama_loaders(config: VamosConfig) -> dict[str, Loader]:
 def stored_config(settings: Mapping[str, Any], subject: str) -> VamosConfig:
     """The config that a checkpoint of ours holds. UserError: of another version."""
     try:
-        return _built(VamosConfig, settings)
+        return _built(VamosConfig, {**settings, "init_from": None})
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"{subject}: its own settings cannot be read ({error}). Mend: name its recipe (--recipe)."

@@ -15,8 +15,10 @@ Letters: B videos, N frames, S tokens, D width of LLaMA.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,6 +28,7 @@ from torch.nn import functional
 from vlm.data.questions import QuestionConfig
 from vlm.models.causal import CausalSystem
 from vlm.models.llama_base import LlamaBaseConfig
+from vlm.models.trained import MANIFEST, other_rows, start_from
 from vlm.nn.language import Gates, Prompts
 from vlm.nn.selector import Selector
 from vlm.nn.splice import splice
@@ -94,10 +97,14 @@ class VamosConfig:
     were trained with 500000 (the original's default where params.json is silent) instead of 10000."""
     selector: SelectorConfig | None = None
     """Lets few tokens of the caption through (with inputs.keep_tokens); none: the LLaMA reads all of it."""
+    init_from: Path | None = None
+    """A checkpoint folder of ours whose trained tensors training begins with, on the same LLaMA and with the same
+    settings; a released file is converted first (tools/convert_ckpt.py)."""
     activation_checkpointing: bool = False
     """Work out each LLaMA block again in the backward pass instead of keeping its activations."""
 
     def __post_init__(self) -> None:
+        self.init_from = None if self.init_from is None else Path(self.init_from)
         for name in ("feature_dim", "num_frames", "adapter_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
@@ -125,6 +132,10 @@ class VamosConfig:
                 f"is {inputs.keep_tokens}: rows leave as many places as the selector fills, so both need one number ("
                 "or none: a recipe whose model.selector is none reads captions whole)"
             )
+        if self.init_from is not None and (self.init_from / MANIFEST).is_file():
+            note = other_rows(self.init_from, inputs)
+            if note:
+                warnings.warn(note, stacklevel=2)
         if inputs.tokenizer is not None and not inputs.tokenizer.exists():
             return  # said by vlm.recipe.check_files, or by whoever reads it
         debugging = inputs.tokenizer is None and self.llama.path is None and inputs.vocab_size <= self.llama.vocab_size
@@ -141,8 +152,11 @@ class VamosConfig:
         return self.llama.layers if self.adapter_layer is None else self.adapter_layer
 
     def build(self) -> Vamos:
-        """The model with fresh trainable parameters and its LLaMA loaded."""
-        return Vamos(self)
+        """The model with its LLaMA loaded, its trainable parameters fresh or those of `init_from`."""
+        model = Vamos(self)
+        if self.init_from is not None:
+            start_from(model, self.init_from)
+        return model
 
 
 def decisive_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

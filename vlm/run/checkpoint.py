@@ -23,14 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlm.config import differences, to_dict
 from vlm.distributed import barrier, from_main
 from vlm.files import replace_file, sync
+from vlm.models import trained
 from vlm.models.system import System
 from vlm.run import zero_state
 from vlm.run.run_folder import read_json
@@ -38,7 +37,7 @@ from vlm.types import UserError
 from vlm.weights import diff_keys, file_hash
 
 FORMAT = 1
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, OPTIMIZER, STATE = trained.WEIGHTS, "optimizer.safetensors", "state.json"
 
 
 @dataclass(slots=True)
@@ -74,7 +73,7 @@ def save(root: Path, engine: Any, progress: Progress, about: dict[str, Any], *, 
             weights[name] = values["param"]
             moments.update({f"{kind}/{name}": values[kind] for kind in zero_state.MOMENTS})
     if engine.world.is_main:
-        buffers = {name: b.detach().cpu().clone() for name, b in persistent_buffers(engine.model).items()}
+        buffers = {name: b.detach().cpu().clone() for name, b in trained.persistent_buffers(engine.model).items()}
         state = {
             "step": progress.step,
             "adam_steps": zero_state.step_count(engine),
@@ -280,42 +279,9 @@ def load_weights(folder: Path, model: System) -> dict[str, Any]:
     """
     manifest = verify(folder, (WEIGHTS,))
     tensors = load_file(folder / WEIGHTS)
-    want = {name: p for name, p in model.named_parameters() if p.requires_grad} | persistent_buffers(model)
-    difference = diff_keys(tensors, want)
-    other, contradictions = _other_settings(manifest, model)
-    settings = f"\nSettings, the checkpoint's -> this recipe's: {', '.join(other)}" if other else ""
-    if difference:
-        raise UserError(f"{folder}: does not fit this recipe's model: {difference}{settings}")
-    if manifest["frozen_hash"] != model.frozen_hash():
-        raise UserError(
-            f"{folder}: was trained on other frozen weights (hash {manifest['frozen_hash']}) than this recipe loads "
-            f"({model.frozen_hash()}); give the same frozen base, or the result is noise{settings}"
-        )
-    if contradictions:
-        raise UserError(
-            f"{folder}: was trained with other settings (the checkpoint's -> this recipe's): "
-            f"{', '.join(contradictions)}. With these its weights compute something else; give the recipe the "
-            "checkpoint's values"
-        )
-    with torch.no_grad():
-        for name, target in want.items():
-            target.copy_(tensors[name])
+    trained.put(model, tensors, manifest, str(folder))
     state = folder / STATE
     return json.loads(state.read_text()) if state.is_file() else {}
-
-
-def _other_settings(manifest: dict[str, Any], model: System) -> tuple[list[str], list[str]]:
-    """How the model settings stored in a checkpoint differ from the model's own: all, and those that are decisive."""
-    stored = (manifest.get("recipe") or {}).get("model")
-    config = getattr(model, "config", None)
-    if not stored or config is None:
-        return [], []
-    own = to_dict(config)
-    try:
-        decisive = differences(model.decisive(stored), model.decisive(own), "model")
-    except (KeyError, TypeError):  # stored by a version with other settings
-        decisive = []
-    return differences(stored, own, "model"), decisive
 
 
 def load_optimizer(folder: Path, engine: Any, state: dict[str, Any]) -> None:
@@ -328,10 +294,3 @@ def load_optimizer(folder: Path, engine: Any, state: dict[str, Any]) -> None:
         zero_state.write(engine, name, values)
     zero_state.set_step_count(engine, state["adam_steps"])
     barrier()
-
-
-def persistent_buffers(model: System) -> dict[str, Tensor]:
-    """Buffers that belong to the state dict (running statistics, queues), without those of frozen modules' sources."""
-    state = model.state_dict(keep_vars=True)
-    parameters = {id(p) for p in model.parameters()}
-    return {name: value for name, value in state.items() if id(value) not in parameters}

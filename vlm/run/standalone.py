@@ -10,6 +10,7 @@ import torch
 
 from vlm.distributed import World, barrier, from_main
 from vlm.models.system import System
+from vlm.models.trained import other_rows
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, check_inputs
 from vlm.run import checkpoint, evaluate, record
@@ -51,6 +52,9 @@ def evaluate_checkpoint(
         state = {"step": 0} if folder is None else checkpoint.load_weights(folder, model)
         loaded = folder or "none: initial weights"
         say(f"recipe {name}, checkpoint {loaded} (step {state.get('step', 'unknown')}), {launch.attention.sentence}")
+        note = "" if folder is None else other_rows(folder, recipe.inputs)
+        if note:
+            say(f"note: {note}")
         record.write(launch, about)
         evaluate.run(recipe, Replica(model, world, dtype), world, launch.folder, say)
         report = from_main(world, lambda: write_report(launch.folder))

@@ -1,0 +1,122 @@
+"""Trained tensors of a checkpoint of ours in a model that they fit: to go on, to be tested, or to start from.
+
+A checkpoint holds what trains; on another frozen base, or under settings that decide what its tensors compute, it would
+load without complaint and answer at chance. So both are compared, and what contradicts is refused with both sides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.config import differences, to_dict
+from vlm.models.system import System
+from vlm.types import UserError
+from vlm.weights import diff_keys, file_hash, read_state_dict
+
+MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
+
+
+def put(model: System, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], subject: str) -> None:
+    """Set everything of `model` that a checkpoint holds.
+
+    Args:
+        manifest: the checkpoint's: the hash of the frozen weights, and the recipe where it says it.
+        subject: names the checkpoint in messages.
+    Raises:
+        UserError: names or shapes differ from the model's, or it was trained on other frozen weights, or with other
+            decisive settings.
+    """
+    want = {name: p for name, p in model.named_parameters() if p.requires_grad} | persistent_buffers(model)
+    difference = diff_keys(tensors, want)
+    other, contradictions = _other_settings(manifest, model)
+    settings = f"\nSettings, the checkpoint's -> this recipe's: {', '.join(other)}" if other else ""
+    if difference:
+        raise UserError(f"{subject}: does not fit this recipe's model: {difference}{settings}")
+    if manifest["frozen_hash"] != model.frozen_hash():
+        raise UserError(
+            f"{subject}: was trained on other frozen weights (hash {manifest['frozen_hash']}) than this recipe loads "
+            f"({model.frozen_hash()}); give the same frozen base, or the result is noise{settings}"
+        )
+    if contradictions:
+        raise UserError(
+            f"{subject}: was trained with other settings (the checkpoint's -> this recipe's): "
+            f"{', '.join(contradictions)}. With these its weights compute something else; give the recipe the "
+            "checkpoint's values"
+        )
+    with torch.no_grad():
+        for name, target in want.items():
+            target.copy_(tensors[name])
+
+
+def start_from(model: System, folder: Path) -> None:
+    """Give a fresh model the trained tensors of a checkpoint folder: `model.init_from`.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, or one that does not fit (`put`).
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"model.init_from={folder}: is no checkpoint of ours (a folder with {MANIFEST}). A published file is "
+            f"converted first: python tools/convert_ckpt.py {folder} FOLDER --from FORMAT --to vlm; of a run, give one "
+            "of RUN/checkpoints/*"
+        )
+    manifest, stated = _manifest(folder)
+    tensors = read_state_dict(folder / WEIGHTS)
+    if file_hash(folder / WEIGHTS) != stated:
+        raise UserError(f"{folder / WEIGHTS}: content differs from the manifest (damaged on disk?); use another one")
+    put(model, tensors, manifest, str(folder))
+
+
+def other_rows(folder: Path, inputs: Any) -> str:
+    """What of a recipe's `inputs` is not what the released file was trained with that this checkpoint was converted
+    from, with the mend; "" where nothing is, or where nothing is known of it."""
+    stated = _manifest(folder)[0].get("inputs") or {}
+    own = to_dict(inputs)
+    other = {name: value for name, value in stated.items() if name in own and own[name] != value}
+    if not other:
+        return ""
+    told = ", ".join(differences(other, {name: own[name] for name in other}, "inputs"))
+    mend = " ".join(f"inputs.{name}={_text(value)}" for name, value in other.items())
+    return f"{folder} was trained on rows made otherwise (its -> this recipe's): {told}. To run it as it was: {mend}"
+
+
+def _manifest(folder: Path) -> tuple[dict[str, Any], str]:
+    """A checkpoint's manifest, and the sha256 of its weights."""
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+        return manifest, manifest["files"][WEIGHTS]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: is damaged ({error!r}); use another checkpoint") from error
+
+
+def _text(value: Any) -> str:
+    """A value as the command line has it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def persistent_buffers(model: System) -> dict[str, Tensor]:
+    """Buffers that belong to the state dict (running statistics, queues), without those of frozen modules' sources."""
+    state = model.state_dict(keep_vars=True)
+    parameters = {id(p) for p in model.parameters()}
+    return {name: value for name, value in state.items() if id(value) not in parameters}
+
+
+def _other_settings(manifest: Mapping[str, Any], model: System) -> tuple[list[str], list[str]]:
+    """How the model settings stored in a checkpoint differ from the model's own: all, and those that are decisive."""
+    stored = (manifest.get("recipe") or {}).get("model")
+    config = getattr(model, "config", None)
+    if not stored or config is None:
+        return [], []
+    own = to_dict(config)
+    try:
+        decisive = differences(model.decisive(stored), model.decisive(own), "model")
+    except (KeyError, TypeError):  # stored by a version with other settings
+        decisive = []
+    return differences(stored, own, "model"), decisive

@@ -25,6 +25,7 @@ from vlm.data.mix import parse_mix
 from vlm.data.order import batch_digest
 from vlm.data.shards import ShardSet
 from vlm.data.stream import Parted, Source, Stream
+from vlm.data.watch import Watch
 from vlm.data.workers import Loaded
 from vlm.recipe import load
 from vlm.types import UserError
@@ -36,7 +37,8 @@ class Keys:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
-    def __getitem__(self, plan: MicroPlan) -> list[list[str]]:
+    def load(self, plan: MicroPlan, watch: Watch) -> list[list[str]]:
+        """The keys of each of its positions."""
         return [self.stream.keys(position) for position in plan.positions]
 
 

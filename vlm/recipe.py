@@ -80,17 +80,29 @@ class TrainData:
     global_batch_size counts. None: no packs."""
     workers: int = 4
     """Loader processes a rank; 0: load in the training process. Does not change the order."""
+    sample_seconds: float = 60.0
+    """A loader process that is longer at one sample, of training or test, is ended, and the sample is unusable."""
+    worker_memory: int = 0
+    """Bytes that a loader process may have; one with more is replaced between two batches. 0: no limit."""
+    retries: int = 3
+    """How often a file of shards that is missing or does not come is tried again."""
+    cache: Path | None = None
+    """Folder for pieces of shards that lie elsewhere; none: the user's folder for caches."""
+    cache_bytes: int = 20 << 30
+    """Most that this folder may take."""
     quarantine_share: float = 0.005
     """The run stops when more than this share of the records of a shard has turned out to be unusable."""
     substitutes: int = 16
     """How many substitutes to try, one after the other, for an unusable record."""
     gone: Literal["stop", "quarantine"] = "stop"
-    """What a shard means that vanished in training. quarantine: its records are unusable ones."""
+    """What a shard means that vanished or was replaced in training. quarantine: its records are unusable ones."""
 
     def __post_init__(self) -> None:
         if self.pack_length is not None:
             _require(self.pack_length >= 1, "data.pack_length", self.pack_length, "1 or more, or none")
-        for name in ("workers", "substitutes"):
+        self.cache = None if self.cache is None else Path(self.cache)
+        _require(0 < self.sample_seconds < inf, "data.sample_seconds", self.sample_seconds, "a finite number above 0")
+        for name in ("workers", "substitutes", "worker_memory", "retries", "cache_bytes"):
             _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "0 or more")
         _require(0 <= self.quarantine_share <= 1, "data.quarantine_share", self.quarantine_share, "from 0 to 1")
 

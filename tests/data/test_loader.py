@@ -40,6 +40,8 @@ class Fussy:
     def __init__(self, broken=()):
         self.broken = set(broken)
 
+    members = ("video",)
+
     def parts(self, shards):
         return None
 

@@ -151,6 +151,8 @@ class ClipConfig:
     task = "classes"
     probes: ClassVar[tuple[str, ...]] = PROBES
 
+    members: ClassVar[tuple[str, ...]] = ("video",)
+
     def parts(self, shards: ShardSet) -> None:
         """A record is one sample."""
 
@@ -332,6 +334,8 @@ class MaskedClipConfig:
 
     task = "classes"
     probes: ClassVar[tuple[str, ...]] = ()
+
+    members: ClassVar[tuple[str, ...]] = ("video",)
 
     def parts(self, shards: ShardSet) -> None:
         """A record is one sample."""

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
 
 from vlm.data.rng import SampleRng, derive_seed
+from vlm.data.shard_files import ShardChangedError
 from vlm.data.shard_format import ShardGoneError
 from vlm.data.shards import ShardError, ShardSet
 from vlm.data.stream import Placed, Stream
 from vlm.data.video import DecodeError
-from vlm.data.watch import Unwatched, Watch
+from vlm.data.watch import Watch
 from vlm.data.workers import Loaded
 from vlm.distributed import share
 from vlm.types import Ask, Batch, Example, Incident, Record, UserError, Visit
@@ -32,6 +32,10 @@ class Pipeline(Protocol):
     @property
     def task(self) -> str:
         """What a test asks: "classes" (all views of a record are one question) or "choice" (each row is one)."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """What is read of a record, beside its annotation."""
 
     def parts(self, shards: ShardSet) -> np.ndarray | None: ...
 
@@ -82,7 +86,7 @@ def plan_step(step: int, global_batch_size: int, world_size: int, rank: int, mic
     return plans
 
 
-class TrainDataset(Dataset[Batch]):
+class TrainDataset:
     """Loads one micro-batch: reads the records of a plan, replaces unusable ones, transforms, collates."""
 
     def __init__(
@@ -95,9 +99,6 @@ class TrainDataset(Dataset[Batch]):
     ) -> None:
         self.stream, self.pipeline, self.views = stream, pipeline, views
         self.substitutes, self.gone = substitutes, gone
-
-    def __getitem__(self, plan: MicroPlan) -> Batch:
-        return self.load(plan, Unwatched())
 
     def load(self, plan: MicroPlan, watch: Watch) -> Batch:
         """The batch of a plan."""
@@ -124,11 +125,11 @@ class TrainDataset(Dataset[Batch]):
                 spoilt = watch.begin(f"{position}.{slot}.{attempt}", describe_row(samples.shards, row))
                 if spoilt:
                     raise DecodeError(spoilt)
-                record = samples.shards.read(row)
+                record = samples.shards.read(row, self.pipeline.members)
                 rng = SampleRng(derive_seed("sample", self.stream.seed, position, *((slot,) if slot else ())))
                 examples = self.pipeline.train(record, rng, Visit(part, placed.epoch, self.views))
             except (DecodeError, ShardError) as error:
-                if isinstance(error, ShardGoneError) and self.gone == "stop":
+                if isinstance(error, (ShardGoneError, ShardChangedError)) and self.gone == "stop":
                     raise _gone(error) from error
                 met.append(_incident(samples.shards, row, str(error), position))
                 placed = self.stream.substitute(placed, position, slot, attempt)
@@ -164,7 +165,7 @@ def describe_row(shards: ShardSet, row: int) -> str:
     return f"{shards.key(row)!r} in {shards.path}/{shards.shard_name(row)}"
 
 
-class Plans(Sampler[MicroPlan]):
+class Plans:
     """The micro-batches of one rank from `start_step` to `stop_step`, in order."""
 
     def __init__(self, start_step: int, stop_step: int, arguments: tuple[int, int, int, int]) -> None:
@@ -199,7 +200,8 @@ class TrainLoader:
         start_step, stop_step: which steps to load.
         workers: loader processes; the batches do not depend on it.
         substitutes: how many other records to try for an unusable one.
-        gone: what a shard is that vanished: the end of the run, or unusable records.
+        gone: what a shard is that vanished or was replaced: the end of the run, or unusable records.
+        sample_seconds, worker_memory: limits of a loader process (vlm.data.workers.Loaded).
     """
 
     def __init__(
@@ -217,6 +219,8 @@ class TrainLoader:
         workers: int,
         substitutes: int = 16,
         gone: Gone = "stop",
+        sample_seconds: float = 60.0,
+        worker_memory: int = 0,
     ) -> None:
         self.stream = stream
         self.global_batch_size = global_batch_size
@@ -225,7 +229,9 @@ class TrainLoader:
         self._arguments = (global_batch_size, world_size, rank, micro_batch_size)
         dataset = TrainDataset(stream, pipeline, tuple(views), substitutes, gone)
         plans = Plans(start_step, stop_step, self._arguments)
-        self._batches = Loaded(dataset, plans, workers, "data.workers")
+        self._batches = Loaded(
+            dataset, plans, workers, "data.workers", sample_seconds=sample_seconds, worker_memory=worker_memory
+        )
 
     def __iter__(self) -> TrainLoader:
         return self
@@ -248,9 +254,12 @@ def keys_of_step(stream: Stream, step: int, global_batch_size: int) -> list[str]
     return [key for position in range(first, first + global_batch_size) for key in stream.keys(position)]
 
 
-def _gone(error: ShardGoneError) -> UserError:
+def _gone(error: ShardError) -> UserError:
     """A file that vanishes takes many records with it: no fault of theirs, and nothing to train or test around."""
-    return UserError(f"{error}. See whether its storage is still mounted, put it back and give the same command again")
+    return UserError(
+        f"{error}. See whether its storage is still mounted, put it back and give the same command again "
+        "(data.gone=quarantine goes on without it)"
+    )
 
 
 class TestItem(NamedTuple):
@@ -263,26 +272,40 @@ class TestItem(NamedTuple):
     lost: int = 0  # where it could not be read: how much is asked about it
 
 
-class EvalDataset(Dataset[TestItem]):
+class EvalDataset:
     """Loads all views of one test record from one decode. An unusable record is reported, never replaced."""
 
     def __init__(self, shards: ShardSet, pipeline: Pipeline, probes: Sequence[str], seed: int) -> None:
         self.shards, self.pipeline, self.probes, self.seed = shards, pipeline, tuple(probes), seed
 
-    def __getitem__(self, row: int) -> TestItem:
+    def load(self, row: int, watch: Watch) -> TestItem:
+        """The record of a row."""
         key = self.shards.key(row)
         try:
-            record = self.shards.read(row)
+            spoilt = watch.begin(str(row), describe_row(self.shards, row))
+            if spoilt:
+                raise DecodeError(spoilt)
+            record = self.shards.read(row, self.pipeline.members)
             views = self.pipeline.all_views(record, SampleRng(derive_seed("test", self.seed, key)), self.probes)
             return TestItem(key, self.pipeline.asks(record), views)
-        except ShardGoneError as error:
+        except (ShardGoneError, ShardChangedError) as error:
             raise _gone(error) from error
         except (DecodeError, ShardError) as error:
             return TestItem(key, (), {}, str(error), lost=max(1, int(self.shards.num_questions[row])))
+        finally:
+            watch.end()
 
 
 def eval_loader(
-    shards: ShardSet, pipeline: Pipeline, probes: Sequence[str], seed: int, rows: range, workers: int
+    shards: ShardSet,
+    pipeline: Pipeline,
+    probes: Sequence[str],
+    seed: int,
+    rows: range,
+    workers: int,
+    sample_seconds: float = 60.0,
+    worker_memory: int = 0,
 ) -> Iterator[TestItem]:
     """The test records of `rows`, in order; each record comes exactly once. UserError as `Loaded` raises it."""
-    return Loaded(EvalDataset(shards, pipeline, probes, seed), rows, workers, "eval.workers")
+    dataset = EvalDataset(shards, pipeline, probes, seed)
+    return Loaded(dataset, rows, workers, "eval.workers", sample_seconds=sample_seconds, worker_memory=worker_memory)

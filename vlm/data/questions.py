@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.data.features import cut_span, read_features, spread_frames
+from vlm.data.features import MEMBER, cut_span, read_features, spread_frames
 from vlm.data.packing import pack, pack_trees, row_of, share_prefixes
 from vlm.data.passages import Picks, gather_passages, total_picks
 from vlm.data.prompts import PromptEncoder
@@ -107,6 +107,11 @@ class QuestionConfig:
 
     # ------------------------------------------------------------------------------------------ what the loader calls
 
+    @property
+    def members(self) -> tuple[str, ...]:
+        """What is read of a record, beside its annotation: not its video."""
+        return (MEMBER,) if self.use_video else ()
+
     def parts(self, shards: ShardSet) -> np.ndarray | None:
         """(records,) samples of each record: its questions; None: each record is one."""
         if not shards.num_questions.any():
@@ -129,7 +134,7 @@ class QuestionConfig:
         prompt = len(self.blank().options[0][0].ids)
         rate = 0.0
         for row in np.unique(np.linspace(0, len(shards) - 1, _MEASURED).astype(int)):
-            rows = self._answer_rows(shards.read(int(row)))
+            rows = self._answer_rows(shards.read(int(row), ()))
             if rows and self.share_questions:
                 rows, _ = share_prefixes(rows, learnt=False)
                 longest = sum(len(part.ids) for part in rows)

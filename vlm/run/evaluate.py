@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 from vlm.config import to_dict
 from vlm.data.loader import TestItem, eval_loader
 from vlm.data.shards import ShardSet
-from vlm.distributed import World, from_main, gather_objects, share
+from vlm.distributed import World, from_main, gather_objects, share, stop_together
 from vlm.files import write_json, write_text
 from vlm.metrics.classify import mean_probabilities
 from vlm.recipe import Recipe
 from vlm.run.checkpoint import Progress
 from vlm.run.run_folder import metrics_of
+from vlm.run.streams import open_shards
 from vlm.types import Prediction, UserError
 
 
@@ -40,7 +41,7 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
         the metrics, on every rank.
     """
     assert recipe.eval is not None
-    shards = ShardSet(recipe.eval.shards)
+    shards = open_shards(recipe.data, recipe.eval.shards)
     started = time.monotonic()
     say(f"evaluating {len(shards):,} records of {shards.path}")
     predictions, unscored, counters = score(recipe, engine, world, shards, recipe.eval.probes, say)
@@ -79,7 +80,7 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
 def is_best(recipe: Recipe, engine: Any, world: World, progress: Progress, say: Callable[[str], None]) -> bool:
     """Evaluate without probes; whether the recipe's metric is the best so far (noted in `progress`)."""
     assert recipe.eval is not None
-    predictions, unscored, _ = score(recipe, engine, world, ShardSet(recipe.eval.shards), (), say)
+    predictions, unscored, _ = score(recipe, engine, world, open_shards(recipe.data, recipe.eval.shards), (), say)
     kinds = recipe.eval.kinds
 
     def measure() -> dict[str, float]:
@@ -122,10 +123,20 @@ def score(
     predictions: list[Prediction] = []
     unscored: list[dict[str, Any]] = []
     counters: Counter[str] = Counter()
-    loader = iter(eval_loader(shards, recipe.inputs, probes, recipe.seed, range(start, stop), config.workers))
+    loader = eval_loader(
+        shards,
+        recipe.inputs,
+        probes,
+        recipe.seed,
+        range(start, stop),
+        config.workers,
+        recipe.data.sample_seconds,
+        recipe.data.worker_memory,
+    )
     told = time.monotonic()
     for number in range(rounds):
-        group: list[TestItem] = list(itertools.islice(loader, config.batch_size))
+        group, problem = _next_group(loader, config.batch_size)
+        stop_together(problem, world.device)
         unscored += [{"key": item.key, "reason": item.reason, "lost": item.lost} for item in group if item.reason]
         good = [item for item in group if not item.reason]
         predictions += _score_group(recipe, engine, world, good, probes)
@@ -144,6 +155,21 @@ def score(
     )
 
 
+def _next_group(loader: Iterator[TestItem], size: int) -> tuple[list[TestItem], UserError | None]:
+    """The next records of this rank; or why there are none, to be told to all ranks together."""
+    try:
+        group = list(itertools.islice(loader, size))
+    except UserError as error:
+        return [], error
+    for ask in (ask for item in group for ask in item.asks):
+        if ask.truth is None:
+            return [], UserError(
+                f"{ask.key} has no published answer or label, so it cannot be scored; use a labelled split "
+                "(eval.shards)"
+            )
+    return group, None
+
+
 def _score_group(
     recipe: Recipe, engine: Any, world: World, items: list[TestItem], probes: tuple[str, ...]
 ) -> list[Prediction]:
@@ -152,11 +178,7 @@ def _score_group(
     rows = []
     for number, item in enumerate(items):
         for place, ask in enumerate(item.asks):
-            if ask.truth is None:
-                raise UserError(
-                    f"{recipe.eval.shards}: {ask.key} has no published answer or label, so it cannot be scored; "  # type: ignore[union-attr]
-                    "use a labelled split"
-                )
+            assert ask.truth is not None
             options = len(ask.options) or None
             own = {condition: _listed(several[number][place][:options]) for condition, several in scores.items()}
             rows.append(

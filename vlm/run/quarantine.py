@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm.data.loader import MicroBatch
 from vlm.data.stream import Stream
-from vlm.distributed import World, gather_objects, share_object, sum_over_ranks
+from vlm.distributed import World, gather_objects, share_object, stop_together, sum_over_ranks
 from vlm.files import write_text
 from vlm.recipe import Recipe
 from vlm.types import Incident, UserError
@@ -45,11 +45,8 @@ class Quarantine:
             UserError: the share of unusable records of a shard exceeds data.quarantine_share, or a rank has a problem.
         """
         mine = [incident for item in micro_batches if item.weight for incident in item.batch.incidents]
-        met, stopped = sum_over_ranks([float(len(mine)), float(problem is not None)], self._world.device)
-        if stopped:
-            told = gather_objects(None if problem is None else str(problem))
-            raise UserError(share_object(next(filter(None, told)) if told else None)) from problem
-        if not met:
+        stop_together(problem, self._world.device)
+        if not sum_over_ranks([float(len(mine))], self._world.device)[0]:
             return
         gathered = gather_objects(mine)
         incidents: list[Incident] = share_object([i for part in gathered for i in part] if gathered else None)

@@ -42,7 +42,7 @@ MAY_CHANGE = (
     "eval",
     "data.workers",
     "data.quarantine_share",
-    "data.gone",
+    *("data.gone", "data.sample_seconds", "data.worker_memory", "data.retries", "data.cache", "data.cache_bytes"),
     # Places: what lies there is compared by content (fingerprint of the shards, hashes of tokenizer and of frozen
     # weights), and what trains comes from the checkpoint.
     "data.shards",

@@ -11,11 +11,9 @@ import torch
 
 from vlm.config import to_dict
 from vlm.data.loader import MicroBatch, TrainLoader
-from vlm.data.mix import parse_mix
 from vlm.data.order import batch_digest
 from vlm.data.rng import derive_seed
-from vlm.data.shards import ShardSet
-from vlm.data.stream import Source, Stream
+from vlm.data.stream import Stream
 from vlm.distributed import World, barrier, from_main
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, check_inputs
@@ -28,6 +26,7 @@ from vlm.run.optim import warmup_cosine
 from vlm.run.quarantine import Quarantine
 from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
+from vlm.run.streams import open_stream
 from vlm.run.throughput import Throughput
 from vlm.types import UserError
 
@@ -48,12 +47,6 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
     launch = Launch(recipe, name, overrides, config, world, choose_attention(world.device, precision(config)))
     with record.sole_run(recipe, world):
         _train(launch, stream)
-
-
-def open_stream(recipe: Recipe) -> Stream:
-    """The training samples of a recipe."""
-    sources = [Source(ShardSet(path), weight) for path, weight in parse_mix(recipe.data.shards)]
-    return Stream(sources, recipe.seed, recipe.inputs, recipe.data.pack_length)
 
 
 def _train(launch: Launch, stream: Stream) -> None:
@@ -113,6 +106,8 @@ def _train_steps(
         workers=recipe.data.workers,
         substitutes=recipe.data.substitutes,
         gone=recipe.data.gone,
+        sample_seconds=recipe.data.sample_seconds,
+        worker_memory=recipe.data.worker_memory,
     )
     quarantine = Quarantine(recipe, stream, progress.quarantined, world)
     learning_rate = schedule_of(recipe, len(stream), total_steps)

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from tests.data import worker_datasets as datasets
+from tests.encoded import encode, pictures
 from vlm.data import nursery
 from vlm.data.messages import Packed, pair, receive, send
+from vlm.data.video import decode
 from vlm.data.worker_process import own_memory
 from vlm.data.workers import Loaded
 from vlm.types import UserError
@@ -108,6 +110,19 @@ def test_a_process_that_leaks_is_replaced_between_items(birth):
 def test_a_limit_below_what_a_process_takes_at_birth_is_refused():
     with pytest.raises(UserError, match=r"MiB of memory before it has loaded anything, more than the 8 MiB"):
         next(loaded(datasets.Samples({}), worker_memory=8 << 20))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_decoder_that_fails_hands_over_or_costs_one_sample(again):
+    """decord that raises hands over to PyAV at once; decord that hangs or crashes does so where PyAV is tried again."""
+    clip = encode(pictures(12))
+    deeds = {1: "raise", 3: "hang", 4: "segfault"}
+    found = list(loaded(datasets.Clips(clip, deeds, again), range(8), sample_seconds=1.0))
+    lost = {item: reason for item, (reason, _) in enumerate(found) if reason}
+    died = "the process that loaded it died: SIGSEGV"
+    assert lost == ({} if again else {3: "took more than 1 s to load", 4: died})
+    expected = torch.from_numpy(decode(clip, [0, 7]))
+    assert all(torch.equal(frames, expected) for reason, frames in found if not reason)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -312,6 +327,7 @@ def test_processes_see_folder_and_variables_of_now(tmp_path, monkeypatch):
 SCRIPT = """
 import sys, time
 from tests.data import worker_datasets as datasets
+from tests.encoded import encode, pictures
 from vlm.data.workers import Loaded
 
 class Mine(datasets.{base}):

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import torch
 
+from vlm.data import video
 from vlm.data.workers import Loaded
 from vlm.types import UserError
 
@@ -138,6 +139,38 @@ class Cheap:
         if item % 4:
             return {"item": item, "x": torch.full((3,), item)}
         return {"item": item, "x": np.full(20_000, item, np.int32)}
+
+
+class Clips:
+    """One clip, decoded again and again by decord, which fails in its ways at some items.
+
+    Args:
+        again: where decord cost a process, PyAV alone gets a second attempt, under a label of its own.
+    """
+
+    def __init__(self, clip: bytes, deeds: dict[int, str], again: bool) -> None:
+        self.clip, self.deeds, self.again = clip, deeds, again
+
+    def load(self, item, watch):
+        decoders = ("decord", "pyav")
+        reason = watch.begin(f"{item}.0", "a clip")
+        if reason and self.again:
+            reason, decoders = watch.begin(f"{item}.0.pyav", "a clip, by PyAV"), ("pyav",)
+        if reason:
+            return reason, None
+        as_it_was = video._decode_decord
+        if item in self.deeds:
+            video._decode_decord = lambda data, wanted: self.fail(self.deeds[item])
+        try:
+            return None, torch.from_numpy(video.decode(self.clip, [0, 7], decoders=decoders))
+        finally:
+            video._decode_decord = as_it_was
+            watch.end()
+
+    def fail(self, deed: str) -> None:
+        if deed == "raise":
+            raise video.DecodeError("decord cannot read it")
+        DEEDS[deed]()
 
 
 class Slow:

@@ -41,6 +41,7 @@ class FaultyServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits for the acknowledgement of the headers
     server: FaultyServer
 
     def setup(self) -> None:

@@ -558,8 +558,8 @@ def test_two_processes_share_a_cache(server: FaultyServer, copy: Path, tmp_path:
     def watch() -> None:
         while not over.wait(0.02):
             if (cache / "use").exists():
-                with (cache / "use").open() as counter:
-                    fcntl.flock(counter, fcntl.LOCK_EX)  # nothing comes or goes
+                with (cache / "use").open("ab") as counter:
+                    fcntl.lockf(counter, fcntl.LOCK_EX)  # nothing comes or goes
                     sizes = {}
                     for path in cache.glob("*/*"):
                         with contextlib.suppress(FileNotFoundError):  # finished meanwhile

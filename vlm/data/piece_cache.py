@@ -76,14 +76,6 @@ class PieceCache:
 
     def __init__(self, folder: Path, bound: int) -> None:
         self.folder, self.bound = folder, bound
-        self._thread_turn = threading.Lock()
-        self._process = os.getpid()
-
-    def __getstate__(self) -> tuple[Path, int]:
-        return self.folder, self.bound
-
-    def __setstate__(self, state: tuple[Path, int]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
 
     def path(self, name: str) -> Path:
         """Where a piece lies, or would."""
@@ -155,18 +147,11 @@ class PieceCache:
 
         Who waited for `seconds` goes on all the same, and so does everyone where the file system knows no locks.
         """
-        if self._process != os.getpid():  # forked: the parent's lock may be held by a thread that is not here
-            self.__init__(self.folder, self.bound)  # type: ignore[misc]
         until = time.monotonic() + seconds
-        mine = self._thread_turn.acquire(timeout=seconds)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"turn-{zlib.crc32(name.encode()) & 0xF:x}").open("ab") as file:
-                _lock(file, until)
-                yield
-        finally:
-            if mine:
-                self._thread_turn.release()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"turn-{zlib.crc32(name.encode()) & 0xF:x}"
+        with file.open("ab") as held, _locked(held, _THREADS["turn"], until):
+            yield
 
     def _reserve(self, nbytes: int) -> tuple[int, str]:
         """Make room for a piece and an unfinished file of its size. Returns (descriptor, path of it).
@@ -176,8 +161,10 @@ class PieceCache:
         size = _with_tail(nbytes)
         unfinished = self.folder / "unfinished"
         unfinished.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "use").open("ab", buffering=0) as counter:
-            _lock(counter, time.monotonic() + PATIENCE)
+        with (
+            (self.folder / "use").open("ab", buffering=0) as counter,
+            _locked(counter, _THREADS["use"], time.monotonic() + PATIENCE),
+        ):
             known = os.fstat(counter.fileno()).st_size * UNIT
             if known == 0 or known + _taken(size) > FULL * self.bound:
                 os.ftruncate(counter.fileno(), self._make_room(_taken(size)) // UNIT)
@@ -244,18 +231,40 @@ class Writer:
         self.piece = Piece(self._descriptor)
 
 
-def _lock(file: IO[bytes], until: float) -> None:
-    """Lock a file; it goes with the process. Not locked after `until`, nor where the file system knows no locks."""
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return
-            time.sleep(0.003)
-        except OSError:
-            return
+_THREADS: dict[str, threading.Lock] = {}  # locks of files hold between processes only
+
+
+def _make_thread_locks() -> None:
+    """A forked process begins with free ones: its parent's may be held by threads that it has not."""
+    _THREADS.update(turn=threading.Lock(), use=threading.Lock())
+
+
+_make_thread_locks()
+os.register_at_fork(after_in_child=_make_thread_locks)
+
+
+@contextmanager
+def _locked(file: IO[bytes], threads: threading.Lock, until: float) -> Iterator[None]:
+    """Hold a file against other processes and threads; the lock goes with the process, and no fork inherits it.
+
+    Not held after `until`, nor where the file system knows no locks.
+    """
+    mine = threads.acquire(timeout=max(0.0, until - time.monotonic()))
+    try:
+        while mine:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.003)
+            except OSError:
+                break
+        yield
+    finally:
+        if mine:
+            threads.release()
 
 
 def _write(descriptor: int, data: bytes | memoryview) -> None:

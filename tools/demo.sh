@@ -31,6 +31,24 @@ echo "$made_from" >"$data/.made_from"
 # ViT-LLaMA reads pixels; the others read features of frames, and a language model that has only ever read text.
 kind=shards
 if [ "$system" != vit_llama ]; then kind=shards_features; fi
+# Meanwhile, on one core, a language model learns to read: it needs nothing of the corpus.
+reading=
+if [ $kind = shards_features ]; then
+    read_from=$(cat vlm/models/{text_base,story_rows,llama_base}.py vlm/sources/common_{stories,shapes}.py \
+        vlm/data/{views,prompts,tokenizers}.py tools/pretrain_text.py | cksum)
+    if [ -f "$data/.llama_made_from" ] && [ "$(cat "$data/.llama_made_from")" != "$read_from" ]; then
+        echo "make demo: the programs that made $data/llama have changed; removing it and making it again"
+        rm -rf "$data/llama"
+    fi
+    echo "$read_from" >"$data/.llama_made_from"
+    if [ ! -d "$data/llama" ]; then
+        echo "make demo: teaching a tiny LLaMA to read, on text alone, beside what follows"
+        OMP_NUM_THREADS=1 $python tools/pretrain_text.py --threads 1 --out "$data/llama" \
+            > >(sed -u 's/^/tiny LLaMA: /') 2>&1 &
+        reading=$!
+        trap '[ -z "$reading" ] || kill "$reading" 2>/dev/null' EXIT
+    fi
+fi
 if [ ! -f "$data/$kind/train/manifest.json" ] || [ ! -f "$data/$kind/test/manifest.json" ]; then
     echo "make demo: rendering the moving-shapes corpus and making shards of it in $data"
     $python tools/render_shapes.py --out "$data/corpus" "${corpus[@]}"
@@ -47,18 +65,13 @@ if [ ! -f "$data/$kind/train/manifest.json" ] || [ ! -f "$data/$kind/test/manife
             "${sharding[@]}" --workers 2 "${features[@]}"
     done
 fi
-if [ $kind = shards_features ]; then
-    read_from=$(cat vlm/models/{text_base,story_rows,llama_base}.py vlm/sources/common_{stories,shapes}.py \
-        vlm/data/{views,prompts,tokenizers}.py tools/pretrain_text.py | cksum)
-    if [ -f "$data/.llama_made_from" ] && [ "$(cat "$data/.llama_made_from")" != "$read_from" ]; then
-        echo "make demo: the programs that made $data/llama have changed; removing it and making it again"
-        rm -rf "$data/llama"
+if [ -n "$reading" ]; then
+    echo "make demo: waiting for the tiny LLaMA"
+    if ! wait "$reading"; then
+        echo "make demo: the tiny LLaMA could not be made (see above)" >&2
+        exit 1
     fi
-    echo "$read_from" >"$data/.llama_made_from"
-    if [ ! -d "$data/llama" ]; then
-        echo "make demo: teaching a tiny LLaMA to read, on text alone"
-        OMP_NUM_THREADS=2 $python tools/pretrain_text.py --out "$data/llama"
-    fi
+    reading=
 fi
 
 run=$runs/$system

@@ -339,7 +339,7 @@ if __name__ == "__main__":
     crew = list(loader._crew.values())
     while not all(worker.slot.read().pid for worker in crew):
         time.sleep(0.01)
-    print(*[worker.slot.read().pid for worker in crew], crew[0]._nursery._process.pid, flush=True)
+    print(*[worker.slot.read().pid for worker in crew], crew[0].nursery._process.pid, flush=True)
     time.sleep(1000)
 """
 

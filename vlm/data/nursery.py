@@ -92,11 +92,11 @@ class Worker:
         slot = Slot.make()
         try:
             try:
-                self._nursery = nursery()
-                self._number = self._nursery.fork(theirs, slot, ended)
+                self.nursery = nursery()
+                self._number = self.nursery.fork(theirs, slot, ended)
             except ConnectionError:
-                self._nursery = nursery(another=True)
-                self._number = self._nursery.fork(theirs, slot, ended)
+                self.nursery = nursery(another=True)
+                self._number = self.nursery.fork(theirs, slot, ended)
             self.slot = Slot(slot)
         finally:
             theirs.close()
@@ -131,7 +131,7 @@ class Worker:
             return None
 
     def kill(self) -> None:
-        self._nursery.kill(self._number)
+        self.nursery.kill(self._number)
 
     def exit_code(self, seconds: float = _STOP_SECONDS) -> int | None:
         """How it ended (-9: SIGKILL), within so many seconds; None: not known."""

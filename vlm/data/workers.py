@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from vlm.data.messages import Closed, Message, Packed
-from vlm.data.nursery import Worker
+from vlm.data.nursery import Nursery, Worker
 from vlm.data.watch import Unwatched, Watch
 from vlm.data.worker_process import IDLE, SAMPLE, At, is_worker, load, own_memory
 from vlm.types import UserError
@@ -103,6 +103,7 @@ class Loaded(Iterator[Any]):
         self._blamed = Counter[str]()  # label -> losses whose cause may lie elsewhere
         self._losses = Counter[int]()  # item -> processes lost at it outside any sample, since the last one that loaded
         self._lost_in_a_row = 0
+        self._lost_nursery: Nursery | None = None
         if workers:
             if is_worker():
                 raise UserError(
@@ -275,6 +276,10 @@ class Loaded(Iterator[Any]):
             if self._losses[index] >= LOSSES:
                 self._items.pop(index).close()
                 self._results[index] = _Failure(error)
+        if code is None:  # all of a nursery are lost with it, and are one loss
+            if worker.nursery is self._lost_nursery:
+                return
+            self._lost_nursery = worker.nursery
         self._lost_in_a_row += not worker.has_loaded
         if self._lost_in_a_row >= LOSSES:
             raise error
@@ -291,7 +296,7 @@ class Loaded(Iterator[Any]):
             return RuntimeError(f"a process that loads data ({self._knob}={self._count}) could not begin:\n{problem}")
         return UserError(
             f"a process that loads data takes {memory / 2**20:.0f} MiB of memory before it has loaded anything, more "
-            f"than the {self._most_memory / 2**20:.0f} MiB that it may have: allow it more"
+            f"than the {self._most_memory / 2**20:.0f} MiB that it may have: raise data.worker_memory"
         )
 
 

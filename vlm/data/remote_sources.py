@@ -175,10 +175,8 @@ class HttpSource:
         if isinstance(error, requests.ReadTimeout) or "timed out" in str(error):
             return f"no byte came for {SILENCE:g} s"
         cause: Any = error
-        while (inner := getattr(cause, "reason", None) or next(iter(cause.args), None)) and isinstance(
-            inner, Exception
-        ):
-            cause = inner
+        while inner := [part for part in (*cause.args, getattr(cause, "reason", None)) if isinstance(part, Exception)]:
+            cause = inner[-1]
         words = str(getattr(cause, "strerror", None) or cause) or type(cause).__name__
         for secret in (self._url.query, self._url.netloc.rpartition("@")[0]):
             words = words.replace(secret, "…") if secret else words

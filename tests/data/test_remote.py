@@ -199,10 +199,8 @@ def test_a_bad_line_costs_time_and_nothing_else(
     assert server.faults[MANIFEST] == server.faults[shard_name(1)] == server.faults[shard_name(2)] == []
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
-    assert re.search(
-        rf"{server.url}/manifest.json: ConnectionError \(Remote end closed.*; trying again, 3x at most and for no more than \d+ s",
-        told[0],
-    )
+    assert told[0].startswith(f"{server.url}/manifest.json: ConnectionError (Remote end closed")
+    assert re.search(r"; trying again, 3x at most and for no more than \d+ s", told[0])
     assert shards.bytes_read == int(shards.index["nbytes"].sum())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -145,8 +146,15 @@ def test_a_death_outside_samples_is_made_good(tmp_path):
 
 
 def test_deaths_at_birth_end_the_run():
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    loader = loaded(datasets.Unbearable({}), workers=3)
     with pytest.raises(UserError, match=r"ended by itself \(SIGSEGV\): most likely a decoder"):
-        next(loaded(datasets.Unbearable({}), workers=3))
+        next(loader)
+    with pytest.raises(StopIteration):
+        next(loader)
+    del loader
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2, "at most what the one clean process takes"  # noqa: PTH208
 
 
 def test_a_dataset_that_does_not_listen_ends_the_run():

@@ -142,6 +142,8 @@ class Worker:
         return int(text) if text else None
 
     def close(self) -> None:
-        self._socket.close()
-        self.slot.close()
-        os.close(self._ended)
+        if self._ended != -1:
+            self._socket.close()
+            self.slot.close()
+            os.close(self._ended)
+            self._ended = -1

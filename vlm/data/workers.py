@@ -171,7 +171,7 @@ class Loaded(Iterator[Any]):
     def _note(self, worker: Worker, message: Message) -> None:
         kind, index, memory = message.note
         if kind == "unfit":
-            raise self._unfit(message.load(), memory)
+            raise self._given_up(worker, self._unfit(message.load(), memory))
         self._lost_in_a_row = 0
         self._losses.pop(index, None)
         worker.items.remove(index)
@@ -282,7 +282,12 @@ class Loaded(Iterator[Any]):
             self._lost_nursery = worker.nursery
         self._lost_in_a_row += not worker.has_loaded
         if self._lost_in_a_row >= LOSSES:
-            raise error
+            raise self._given_up(worker, error)
+
+    def _given_up(self, worker: Worker, error: Exception) -> Exception:
+        worker.close()
+        self.close()
+        return error
 
     def _lost(self, how: str, reason: str) -> UserError:
         happened = reason or f"ended by itself ({how}): {_LIKELY.get(how, 'what it printed says why')}"
@@ -313,4 +318,6 @@ def _how(code: int | None) -> str:
     """The name of the signal that ended a process, or its exit code."""
     if code is None:
         return _UNKNOWN
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"

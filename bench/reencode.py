@@ -84,7 +84,7 @@ def find_clips(quick: bool) -> list[Clip]:
 def draw(width: int, height: int, frames: int = 150) -> bytes:
     """A smooth picture that is panned over, as x264 encodes by default: a key frame in 250."""
     rng = np.random.default_rng(0)
-    small = Image.fromarray(rng.integers(0, 255, (24, 48, 3), dtype=np.uint8))
+    small = Image.fromarray(rng.integers(0, 255, (9, 18, 3), dtype=np.uint8))
     wide = np.asarray(small.resize((2 * width, height), Image.Resampling.BICUBIC))
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:

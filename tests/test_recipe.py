@@ -6,17 +6,20 @@ import inspect
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from vlm.config import describe, to_dict
 from vlm.data.questions import QuestionConfig
+from vlm.models.llama_base import llama
 from vlm.recipe import OptimConfig, TrainData, check_files, check_inputs, families, load, names
 from vlm.run.train import schedule_of, steps_of
 from vlm.types import UserError
 
 SSV2_TRAIN = 168_913
+MIGRATING = (Path(__file__).resolve().parent.parent / "docs" / "migrating.md").read_text()
 
 
 @pytest.mark.parametrize("name", names())
@@ -237,3 +240,19 @@ def test_a_missing_starting_point_is_an_error_not_a_random_start():
         load("vit_llama.ssv2_s").model.build()
     with pytest.raises(UserError, match="pretrained/llama/7B"):
         load("vit_llama.ssv2_s_llama", ["model.init_from=none"]).model.build()
+
+
+@pytest.mark.parametrize(
+    ("name", "recipes", "overrides"),
+    re.findall(r"^\| `(llama\w+)` \| (.*?) \| `(.*?)` \|$", MIGRATING.partition("### On another LLaMA")[2], re.M),
+)
+def test_the_page_makes_a_recipe_one_of_another_llama(name, recipes, overrides):
+    """Every row of docs/migrating.md's table gives the published sizes, whichever of its recipes it is added to."""
+    families_of_row = re.findall(r"`(\w+)\.\*`", recipes)
+    chosen = [recipe for recipe in names() if recipe.split(".")[0] in families_of_row]
+    chosen = [recipe for recipe in chosen if load(recipe).model.llama.dim == 4096]
+    assert len(chosen) >= 7
+    for recipe in chosen:
+        changed = load(recipe, overrides.split())
+        assert changed.model.llama == llama(name, path=changed.model.llama.path)
+        assert changed.model.llama.path.parent == changed.inputs.tokenizer.parent

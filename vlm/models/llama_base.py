@@ -190,7 +190,8 @@ class LlamaBaseConfig:
                     raise UserError(
                         f"{folder / file}: says {theirs} = {stated[theirs]}, the recipe model.llama.{ours} = "
                         f"{getattr(self, ours)}: another LLaMA than the recipe's. Mend: give the path of the model "
-                        f"that the recipe names, or the recipe of this one (sizes: {', '.join(SIZES)})"
+                        f"that the recipe names, or tell the recipe this one's: model.llama.{ours}={stated[theirs]} "
+                        "(docs/migrating.md, On another LLaMA, has all that belongs together)"
                     )
 
 

@@ -1,6 +1,6 @@
 """Vamos' token bottleneck: accuracy against caption tokens kept, and the time that it saves.
 
-    python bench/bottleneck.py [--quick] [--json FILE]
+    python bench/bottleneck.py [--quick] [--json FILE] [--llama FOLDER]
 
 Two tables. **Accuracy**: a tiny LLaMA, trained on text alone and frozen (moving_texts.py), answers questions about
 captions of some 45 tokens, of which a selector leaves so many as the row says; prompts, gates and selector are trained
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moving_texts import CAPTION, Reader, cosine, pretrain, records
+from moving_texts import CAPTION, QUICK, Reader, cosine, pretrain, records
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,11 +40,13 @@ KEPT = (16, 8, 4, 2, 1)
 ROWS = (
     (None, "whole"),
     *((keep, "question") for keep in KEPT),
-    *((keep, chosen) for chosen in ("caption", "even") for keep in (8, 2)),
+    *((keep, chosen) for chosen in ("even", "caption") for keep in (8, 2)),
 )
 """Tokens kept, and how they are chosen."""
 STEPS = 250
-"""Training steps of prompts, gates and selector, 32 questions each."""
+"""Training steps of prompts, gates and selector, 32 questions each; a quarter where nothing learns to choose."""
+PROMPT_LR, SELECTOR_LR = 1e-3, 5e-4
+"""Peak learning rates. A selector that learns faster is sure of a wrong choice before it has tried the others."""
 TRAIN_SEED, TEST_SEED = 1, 2
 CAPTION_LENGTH = 644
 """Tokens of an average caption that the paper read for NExT-QA, and …"""
@@ -76,8 +78,13 @@ def train(model: Vamos, config: QuestionConfig, texts: Sequence[Record], steps: 
     for record in texts:
         for part in range(len(record.annotation["questions"])):
             examples += config.train(record, SampleRng(0), Visit(part, 0, ("answer",)))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    parts = [
+        [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("selector.") == chooses]
+        for chooses in (False, True)
+    ]
+    groups = [{"params": part, "lr": lr} for part, lr in zip(parts, (PROMPT_LR, SELECTOR_LR)) if part]
+    trained = parts[0] + parts[1]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = cosine(optimizer, steps)
     draw = torch.Generator().manual_seed(0)
     model.train()
@@ -168,7 +175,7 @@ def seconds_of(size: LlamaBaseConfig, keep: int | None, repeats: int) -> tuple[f
 
 
 def accuracy_table(quick: bool, folder: Path) -> list[dict[str, Any]]:
-    base = pretrain(Reader(videos=400, steps=20) if quick else Reader(), folder, lambda line: print(line, flush=True))
+    base = pretrain(QUICK if quick else Reader(), folder, lambda line: print(line, flush=True))
     learnt = records(64 if quick else 1500, TRAIN_SEED)
     asked = records(10 if quick else 140, TEST_SEED)
     print(f"{'kept':>6} {'chosen for':>12} {'accuracy':>9} {'ms a question':>14} {'tokens read':>12}")
@@ -183,7 +190,8 @@ def accuracy_table(quick: bool, folder: Path) -> list[dict[str, Any]]:
             select_for="caption" if chosen == "caption" else "question",
         )
         model = build(base, keep, even=chosen == "even")
-        train(model, config, learnt, 5 if quick else STEPS, 32)
+        steps = STEPS if chosen in ("question", "caption") else STEPS // 4
+        train(model, config, learnt, 5 if quick else steps, 32)
         found = test(model, config, asked)
         rows.append({"kept": keep, "chosen": chosen, **found})
         print(
@@ -214,12 +222,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="does everything run? seconds, and no figures of worth")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--llama", type=Path, metavar="FOLDER", help="keep the tiny LLaMA here, or use the one there")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     disable_progress_bar()
     warnings.filterwarnings("ignore", "the frozen LLaMA has RANDOM weights")
-    with tempfile.TemporaryDirectory() as folder:
-        results = {"time": time_table(chosen.quick), "accuracy": accuracy_table(chosen.quick, Path(folder))}
+    with tempfile.TemporaryDirectory() as passing:
+        folder = chosen.llama or Path(passing)
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {"time": time_table(chosen.quick), "accuracy": accuracy_table(chosen.quick, folder)}
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(results, indent=1) + "\n")

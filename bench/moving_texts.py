@@ -4,21 +4,24 @@ A video here is a caption and no more: the sentence that tells it (vlm/sources/c
 sentences about other things, 45 tokens or so. The corpus asks three things: which way the shape moves, what colour it
 has, what shape it is. Of the four options one is in the caption; which words matter depends on the question.
 
-The LLaMA is trained on text alone, about other videos: the prompts of the view `answer` (vlm/data/views.py) with
-captions whole, or as notes, which lack words. A real LLaMA has read notes; this one meets them here.
+The LLaMA is trained on text alone, about other videos: the forms from which the demo's learns to tell and to choose
+(vlm/models/story_rows.py, text_base.py), with captions as text of the prompt, whole, or as notes, which lack words. A
+real LLaMA has read notes; this one meets them here. At the end it also meets words that are only half there (`Blur`).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sentencepiece
 import torch
+from torch import Tensor
 
 from vlm.data.prompts import NEWLINE, PromptEncoder
 from vlm.data.tokenizers import SentencePieceTokenizer
@@ -27,9 +30,10 @@ from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.story_rows import FORMS, Rows, encode_rows, judged, told
 from vlm.models.text_base import TextBaseConfig, initial_model, measure, train
 from vlm.sources.common_shapes import CLASSES, COLOURS, NUM_CLASSES, SHAPES, plan
-from vlm.types import Prompt, Record, Text
+from vlm.types import Prompt, Record, Text, UserError
 
 CAPTION = "long"
+SETTINGS = "reader.json"  # in the language model's folder: what it was made with
 FILLERS = (
     "the light is soft .",
     "some grass grows there .",
@@ -143,11 +147,25 @@ class Reader(TextBaseConfig):
     stories: int = 4000
     held_out: int = 100
     seed: int = 1_000_003  # of its videos: no other part of the benchmark has it
+    choose_steps: int = 600
+    blurred_steps: int = 250  # at the end, with words half there (`Blur`)
+    sharp: float = 0.3  # share of rows whose context is not blurred even then
     words: int = 0  # of its tokenizer
+
+    @property
+    def blurred(self) -> Reader:
+        """How it goes on when it can choose, with blurred words."""
+        return replace(
+            self, tell_steps=1, choose_steps=self.blurred_steps, lr=self.lr / 2, matrix_lr=self.matrix_lr / 2
+        )
 
     def llama(self, path: Path | None) -> LlamaBaseConfig:
         """See `TextBaseConfig.llama`."""
         return replace(TextBaseConfig.llama(self, path), vocab_size=self.words)
+
+
+QUICK = Reader(stories=64, held_out=8, tell_steps=4, choose_steps=4, blurred_steps=2)
+"""Reads nothing, and is there in seconds."""
 
 
 def encode_videos(tokenizer: SentencePieceTokenizer, number: int, seed: int, *, whole: bool = False) -> dict[str, Rows]:
@@ -180,6 +198,34 @@ def _described(shown: str, video: Video) -> Prompt:
     return (*VIEWS["caption"](blank, 0)[:place], *context, *VIEWS["caption"](blank, 0)[place:])
 
 
+class Blur:
+    """Mixes each word of a context with one that tells nothing, by a share of its own, in most rows.
+
+    A selector learns from what the LLaMA would make of a little of another word where one word is. A LLaMA that has
+    only read words that are wholly there or not at all makes nothing of a little, and the selector learns nothing.
+    """
+
+    def __init__(self, tokenizer: SentencePieceTokenizer, reader: Reader) -> None:
+        self.newline = tokenizer.newline
+        self.fillers = torch.tensor(sorted({token for text in FILLERS for token in tokenizer.encode(text)}))
+        self.sharp = reader.sharp
+        self.draw = torch.Generator().manual_seed(reader.seed)
+
+    def __call__(self, embed: torch.nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor:
+        """A forward hook of the embeddings: (R, L) ids, (R, L, D) -> (R, L, D)."""
+        (ids,) = inputs
+        if ids.ndim != 2:
+            return embedded  # words of frames, of which there are none
+        lines = (ids == self.newline).cumsum(1)
+        context = (lines == 2) & (ids != self.newline)  # the third line
+        share = 1 - torch.rand(ids.shape, generator=self.draw).square()  # most of them high
+        share *= context & (torch.rand(len(ids), 1, generator=self.draw) >= self.sharp)
+        other = self.fillers[torch.randint(len(self.fillers), ids.shape, generator=self.draw)]
+        weight = embed.weight
+        assert isinstance(weight, Tensor)
+        return embedded + share[..., None] * (weight[other] - embedded)
+
+
 def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Warmup over the first twentieth, then half a cosine."""
     return torch.optim.lr_scheduler.LambdaLR(
@@ -189,9 +235,18 @@ def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sched
 
 
 def pretrain(reader: Reader, folder: Path, report: Callable[[str], None]) -> LlamaBaseConfig:
-    """Train the LLaMA on text and write it into `folder` (a Hugging Face folder), where its tokenizer.model is."""
+    """Train the LLaMA on text and write it into `folder` (a Hugging Face folder), where its tokenizer.model is.
+
+    One that is finished there is used as it is. UserError: it is of other settings.
+    """
     tokenizer = make_tokenizer(folder / "tokenizer.model")
     reader = replace(reader, words=tokenizer.vocab_size)
+    settings, made = json.dumps(asdict(reader), indent=1), folder / SETTINGS
+    if made.exists():
+        if made.read_text() != settings:
+            raise UserError(f"{folder} holds a language model of other settings ({made}): remove it, or name another")
+        report(f"language model: the one in {folder}")
+        return reader.llama(folder)
     model = initial_model(reader)
 
     def tell(done: int, most: int, how: str) -> None:
@@ -199,9 +254,14 @@ def pretrain(reader: Reader, folder: Path, report: Callable[[str], None]) -> Lla
             report(f"language model, step {done} of {most}: {how}")
 
     train(model, encode_videos(tokenizer, reader.stories, reader.seed), reader, tell)
+    report(f"it reads words half there, {reader.blurred.choose_steps} more steps")
+    handle = model.get_input_embeddings().register_forward_hook(Blur(tokenizer, reader))
+    train(model, encode_videos(tokenizer, reader.stories, reader.seed + 77), reader.blurred, tell)
+    handle.remove()
     for whole in (False, True):
         rows = encode_videos(tokenizer, reader.held_out, reader.seed + 1, whole=whole)
         right = ", ".join(f"{form} {measure(model, rows[form]):.2f}" for form in FORMS)
         report(f"it reads {'whole captions' if whole else 'notes'}: {right}")
     model.save_pretrained(folder)
+    made.write_text(settings)
     return reader.llama(folder)

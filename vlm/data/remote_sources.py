@@ -226,18 +226,23 @@ class FsspecSource:
         """Bytes start to stop."""
         system, folder = self._opened()
         path = f"{folder}/{name}"
-        looked, total, version = self._known.get(name, (-RECHECK, None, ""))
-        if time.monotonic() - looked > RECHECK:
+        if name in self._known and time.monotonic() - self._known[name][0] > RECHECK:
+            self.forget(name)
+        if name not in self._known:
             about = _within(time_for(0), lambda: system.info(path))
-            total, version = about.get("size"), _version(about)
-            self._known[name] = time.monotonic(), total, version
+            self._known[name] = time.monotonic(), about.get("size"), _version(about)
+        _, total, version = self._known[name]
         if total is not None and start >= total:
             return Fetched(b"", total, version)
-        data = _within(time_for(stop - start), lambda: system.cat_file(path, start=start, end=stop))
+        own = system.async_impl or type(system).cat_file is not fsspec.AbstractFileSystem.cat_file
+        plain = {} if own else {"cache_type": "none"}  # else it would open the file and read 5 MB ahead
+        data = _within(time_for(stop - start), lambda: system.cat_file(path, start=start, end=stop, **plain))
         return Fetched(bytes(data), total, version)
 
     def forget(self, name: str) -> None:
         self._known.pop(name, None)
+        with suppress(Exception):  # file systems keep listings too, and some know nothing of it
+            self._opened()[0].invalidate_cache(self._opened()[1])
 
     def stream(self, name: str, seconds: float) -> Iterator[bytes]:
         system, folder = self._opened()
@@ -267,12 +272,12 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     if not results:
         raise SourceError(f"no answer within {seconds:.0f} s")
     result, error = results[0]
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or "NotFound" in type(error).__name__:
         raise Gone(f"the file system says that there is no such file ({type(error).__name__})") from error
     if isinstance(error, UserError | SourceError):
         raise error
     if error is not None:  # every file system has errors of its own
-        raise SourceError(f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise SourceError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     return result  # type: ignore[return-value]
 
 

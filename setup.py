@@ -28,11 +28,14 @@ setup(
         "pillow>=11",
         "wandb>=0.19",
         "psutil",
+        "requests>=2.31",
+        "fsspec>=2024.2",
         "ninja",
     ],
     extras_require={
         "flash": ["flash-attn>=2.8,<3"],
         "mpi": ["mpi4py>=4"],
+        "remote": ["s3fs>=2024.2"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "mpi4py>=4"],
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 import threading
@@ -13,7 +14,9 @@ from pathlib import Path
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves a folder. Each request for a file takes the next fault from `faults[name]`, if there is one:
+    """Serves a folder, as URL/set and as train/ of the dataset team/clips of a hub.
+
+    Each request for a file takes the next fault from `faults[name]`, if there is one:
 
     "drop" (close without an answer), "cut" (half of the body), "stall" (half of it, then silence), "other" (other bytes
     than asked for), or a status as "500".
@@ -55,7 +58,12 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        name = self.path.partition("?")[0].removeprefix("/set/")
+        name = (
+            self.path.partition("?")[0].removeprefix("/set/").removeprefix("/datasets/team/clips/resolve/main/train/")
+        )
+        if name.startswith("/api/"):
+            self.answer(200, self.hub(), {"Content-Type": "application/json"})
+            return
         span = self.headers.get("Range", "")
         self.server.requests.append((name, span))
         faults = self.server.faults.get(name)
@@ -81,6 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
             status, data = 206, data[start:stop]
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{total}"
         self.answer(status, data, headers, fault)
+
+    def hub(self) -> bytes:
+        """What the hub of Hugging Face says of a repository, or of a folder in it: as much as its client asks for."""
+        files = [{"type": "file", "path": f"train/{path.name}", "size": path.stat().st_size, "oid": "0" * 40}
+                 for path in self.server.folder.iterdir()]  # fmt: skip
+        return json.dumps(files if "/tree/" in self.path else {"id": "team/clips", "sha": "0" * 40}).encode()
 
     def answer(self, status: int, data: bytes, headers: dict[str, str], fault: str = "") -> None:
         self.send_response(status)

@@ -163,6 +163,23 @@ def test_urls_are_handed_to_their_file_systems_with_ranges(services: Any, copy: 
     assert services.asked == [(name, start, int(json_end + shards.index["json_nbytes"][8]))]
 
 
+def test_the_client_of_the_hub_reads_ranges(
+    server: FaultyServer, copy: Path, expected: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"endpoint": f"http://127.0.0.1:{server.server_port}", "token": False, "skip_instance_cache": True}
+    monkeypatch.setitem(fsspec.config.conf, "hf", options)
+    shards = ShardSet("hf://datasets/team/clips/train", cache=tmp_path / "cache", retries=2)
+    server.requests.clear()
+    server.faults = {shard_name(1): ["drop"]}
+    assert records(shards) == expected
+    starts, stops = shards.index["offset"], shards.index["offset"] + shards.index["nbytes"]
+    spans = [(shards.shard_name(row), f"bytes={starts[row]}-{stops[row] - 1}") for row in range(ROWS)]
+    assert sorted(set(server.requests)) == sorted(spans)  # no byte more: its files would read 5 MB ahead
+    (copy / shard_name(0)).unlink()
+    with pytest.raises(ShardGoneError, match=r"hf://datasets/team/clips/train/shard-000000.tar is gone"):
+        shards.read(0, members=["features.npy"])
+
+
 def test_connections_are_used_again(server: FaultyServer, tmp_path: Path) -> None:
     records(ShardSet(server.url, cache=tmp_path / "cache"))
     assert (len(server.requests), server.connections) == (ROWS + 2, 1)

@@ -26,9 +26,11 @@ RUNS = [
     "vamos.nextqa_vis",
     "vamos.nextqa_vis_cap",
     "vamos.intentqa_cap",
+    "vamos.intentqa_vis",
     "vamos.intentqa_vis_cap",
     "vamos.ptest_vis",
     "vamos.ptest_cap",
+    "vamos.ptest_vis_cap",
     "llama_vqa.nextqa",
     "llama_vqa.star",
     "vico.nextqa",
@@ -85,8 +87,6 @@ def test_from_the_published_tree_to_a_score(name, llama, trees):
     sizes = [f"model.llama.{key}={value}" for key, value in SIZES.items()]
     changes = [*sizes, f"model.llama.path={llama / '7B'}", f"inputs.tokenizer={llama / 'tokenizer.model'}"]
     changes += ["model.llama.kv_heads=none", "model.llama.norm_eps=1e-6", "model.llama.rope_theta=10000"]
-    if name == "vamos.ptest_cap":
-        changes.append("inputs.caption=llava_13b_n6")  # the name that the published code opens
     recipe = override(load(name), changes)
     check_inputs(recipe)
     torch.manual_seed(0)

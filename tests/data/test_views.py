@@ -117,6 +117,8 @@ def test_leads_are_taken_away() -> None:
     assert without_lead("x In the video we see these scenes: y In the video we see these scenes: z") == "z"
     assert without_lead("The video shows: a cup.") == "a cup."
     assert without_lead("A cup.") == "A cup."
+    both = "In the video we see these scenes: a man. The video shows: a cup."
+    assert without_lead(both) == "a man. The video shows: a cup."
 
 
 def test_random_suffix_begins_at_a_sentence() -> None:

@@ -166,10 +166,10 @@ def find_caption(annotation: Mapping[str, Any], name: str) -> str:
 
 
 def without_lead(text: str) -> str:
-    """A caption without the sentence that published files put before each ("In the video we see these scenes: ")."""
-    for lead in LEADS:
-        text = text.rpartition(lead)[2]
-    return text.strip()
+    """A caption without the sentence that published files put before each ("In the video we see these scenes: "), up to
+    the last place of it, as published. A file has one such sentence; another one's is text."""
+    leads = [lead for lead in LEADS if lead in text]
+    return text.rpartition(min(leads, key=text.find))[2].strip() if leads else text.strip()
 
 
 def random_suffix(text: str, rng: random.Random) -> str:

@@ -177,6 +177,21 @@ def test_a_record_that_ends_its_process_is_replaced_like_a_broken_one(shards):
     assert reasons == dict.fromkeys(broken, "the process that loaded it died: SIGKILL, twice")
 
 
+class Crashing(Fussy):
+    """A pipeline whose quicker decoder crashes on some records."""
+
+    def train(self, record, rng, visit):
+        if record.key in self.broken and record.decoders != ("pyav",):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return Fussy().train(record, rng, visit)
+
+
+def test_a_decoder_that_crashes_costs_no_sample_where_pyav_can_read_it(shards):
+    broken = {shards.key(row) for row in (3, 17)}
+    assert "decord" in shards.read(3).decoders
+    assert load(shards, 1, 1, Crashing(broken)) == load(shards, 1, 0, Fussy())
+
+
 def test_a_shard_that_vanishes_is_named_at_once(shape_shards, tmp_path):
     copy = shutil.copytree(shape_shards / "train", tmp_path / "copy")
     shards = ShardSet(copy)

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlm.data.rng import SampleRng, derive_seed
 from vlm.data.shard_files import ShardChangedError
-from vlm.data.shard_format import ShardGoneError
+from vlm.data.shard_format import DECODER_BITS, ShardGoneError
 from vlm.data.shards import ShardError, ShardSet
 from vlm.data.stream import Placed, Stream
 from vlm.data.video import DecodeError
@@ -122,10 +122,7 @@ class TrainDataset:
             samples = self.stream.sets[placed.source].samples
             row, part = samples.locate(placed.sample)
             try:
-                spoilt = watch.begin(f"{position}.{slot}.{attempt}", describe_row(samples.shards, row))
-                if spoilt:
-                    raise DecodeError(spoilt)
-                record = samples.shards.read(row, self.pipeline.members)
+                record = read_watched(samples.shards, row, self.pipeline.members, watch, f"{position}.{slot}.{attempt}")
                 rng = SampleRng(derive_seed("sample", self.stream.seed, position, *((slot,) if slot else ())))
                 examples = self.pipeline.train(record, rng, Visit(part, placed.epoch, self.views))
             except (DecodeError, ShardError) as error:
@@ -160,9 +157,23 @@ def _incident(shards: ShardSet, row: int, reason: str, position: int) -> Inciden
     )
 
 
-def describe_row(shards: ShardSet, row: int) -> str:
-    """A record in words, for messages about a process that was at it."""
-    return f"{shards.key(row)!r} in {shards.path}/{shards.shard_name(row)}"
+def read_watched(shards: ShardSet, row: int, members: Sequence[str], watch: Watch, label: str) -> Record:
+    """A record, once `watch` knows that it is at it.
+
+    One that has cost a process its life or its time is read again for PyAV alone, where another decoder may have been
+    to blame.
+
+    Raises DecodeError for one that is not to be tried (again), and what `ShardSet.read` raises.
+    """
+    about = f"{shards.key(row)!r} in {shards.path}/{shards.shard_name(row)}"
+    spoilt = watch.begin(label, about)
+    careful = bool(spoilt) and "video" in members and bool(shards.index[row]["decoders"] & ~DECODER_BITS["pyav"])
+    if careful:
+        spoilt = watch.begin(f"{label}.pyav", about)
+    if spoilt:
+        raise DecodeError(spoilt)
+    record = shards.read(row, members)
+    return replace(record, decoders=("pyav",)) if careful else record
 
 
 class Plans:
@@ -282,10 +293,7 @@ class EvalDataset:
         """The record of a row."""
         key = self.shards.key(row)
         try:
-            spoilt = watch.begin(str(row), describe_row(self.shards, row))
-            if spoilt:
-                raise DecodeError(spoilt)
-            record = self.shards.read(row, self.pipeline.members)
+            record = read_watched(self.shards, row, self.pipeline.members, watch, str(row))
             views = self.pipeline.all_views(record, SampleRng(derive_seed("test", self.seed, key)), self.probes)
             return TestItem(key, self.pipeline.asks(record), views)
         except (ShardGoneError, ShardChangedError) as error:

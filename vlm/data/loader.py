@@ -167,7 +167,7 @@ def read_watched(shards: ShardSet, row: int, members: Sequence[str], watch: Watc
     """
     about = f"{shards.key(row)!r} in {shards.path}/{shards.shard_name(row)}"
     spoilt = watch.begin(label, about)
-    careful = bool(spoilt) and "video" in members and bool(shards.index[row]["decoders"] & ~DECODER_BITS["pyav"])
+    careful = bool(spoilt) and "video" in members and int(shards.index[row]["decoders"]) & ~DECODER_BITS["pyav"] != 0
     if careful:
         spoilt = watch.begin(f"{label}.pyav", about)
     if spoilt:

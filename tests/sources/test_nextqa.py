@@ -94,6 +94,14 @@ def test_a_video_without_anything_is_rejected(tmp_path: Path) -> None:
     assert f"{root / 'val.csv'} row 3, column 'video': of '4882821564' there are no features" in rejected[0].reason
 
 
+def test_a_table_alone_makes_records_of_questions_alone(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "table", {"val.csv": csv(NEXTQA, NEXTQA_ROWS)}, {})
+    samples, rejected = split(list(read(root, "val")))
+    assert ([sample.key for sample in samples], rejected) == (["4010069381", "4882821564"], [])
+    assert all(sample.members == {} and sample.video is None for sample in samples)
+    assert samples[0].warnings == (f"{root} has no features, captions or videos: the record holds questions alone",)
+
+
 def test_features_of_a_wrong_shape_are_named(root: Path) -> None:
     tensors = {"4010069381": torch.ones(4, 768).half(), "4882821564": torch.ones(0, 768).half()}
     torch.save(tensors, root / "clipvitl14.pth")

@@ -109,8 +109,22 @@ class VideoFinder:
         self.root, self.id_length = root, id_length
         self._by_stem: dict[str, list[Path]] | None = None
 
+    def __len__(self) -> int:
+        """How many names of videos there are."""
+        return len(self._listed())
+
     def find(self, stem: str) -> Path | str:
         """The file, or why there is none."""
+        found = self._listed().get(stem, [])
+        if len(found) == 1:
+            return found[0]
+        if found:
+            return (
+                f"{len(found)} files have the name {stem!r} ({found[0]}, {found[1]}, …): --root must hold one of them"
+            )
+        return f"no video file {stem!r} (webm, mp4, …) below {self.root}"
+
+    def _listed(self) -> dict[str, list[Path]]:
         if self._by_stem is None:
             self._by_stem = {}
             for folder, subfolders, names in os.walk(self.root):
@@ -119,11 +133,4 @@ class VideoFinder:
                     path = Path(folder, name)
                     if path.suffix.lower() in VIDEO_SUFFIXES:
                         self._by_stem.setdefault(path.stem[: self.id_length], []).append(path)
-        found = self._by_stem.get(stem, [])
-        if len(found) == 1:
-            return found[0]
-        if found:
-            return (
-                f"{len(found)} files have the name {stem!r} ({found[0]}, {found[1]}, …): --root must hold one of them"
-            )
-        return f"no video file {stem!r} (webm, mp4, …) below {self.root}"
+        return self._by_stem

@@ -1,7 +1,8 @@
 """What the sources of questions about videos share: their published trees, and questions gathered by video.
 
 A record is one video with all its questions (8.8 on average in NExT-QA), so that the features, the caption and the pass
-over them are there once for all. A question that is damaged is rejected alone; its video keeps the others.
+over them are there once for all. A question that is damaged is rejected alone; its video keeps the others. A video of
+which there is nothing to see or read is rejected, unless that is so of all: a table alone makes records of questions.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class Tree:
 
     def __post_init__(self) -> None:
         self.finder = VideoFinder(self.root)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether there are questions and nothing else: no features, no captions, no video at all."""
+        return self.features is None and not self.captions and not len(self.finder)
 
 
 def find_tree(
@@ -134,7 +140,9 @@ def _sample(video: str, asked: Sequence[Asked], tree: Tree, fps: float, extra: d
     if isinstance(file, str):
         if file[0].isdigit():  # several files have its name
             warnings.append(file)
-        if not sample.members and not captions:
+        if tree.is_bare:
+            warnings.append(f"{tree.root} has no features, captions or videos: the record holds questions alone")
+        elif not sample.members and not captions:
             also = f"; {lacks_features}" if tree.features is not None and video in tree.features.videos else ""
             reason = (
                 f"{asked[0].where}, column 'video': of {video!r} there are no features and no caption, and {file}{also}"

@@ -23,7 +23,7 @@ help:
 	@echo "make demo         render a corpus, train, evaluate, report (SYSTEM=vit_llama)"
 	@echo "make test         lint and the fast tests"
 	@echo "make test-slow    the rest: the demo for real, kill and resume, offload"
-	@echo "make bench        what packing and shared prefixes save against the original way (BENCH_ARGS='--quick --json FILE')"
+	@echo "make bench        our training and scoring, our loading, against others' ways (BENCH_ARGS='--quick --json FILE')"
 	@echo "make lint         ruff and mypy"
 
 env:
@@ -45,3 +45,4 @@ test-slow: env
 
 bench: env
 	.venv/bin/python bench/vqa.py $(BENCH_ARGS)
+	.venv/bin/python bench/data.py $(BENCH_ARGS)

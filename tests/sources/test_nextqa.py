@@ -96,6 +96,7 @@ def test_a_video_without_anything_is_rejected(tmp_path: Path) -> None:
 
 def test_a_table_alone_makes_records_of_questions_alone(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "table", {"val.csv": csv(NEXTQA, NEXTQA_ROWS)}, {})
+    (root / "clipvitl14.pth").unlink()
     samples, rejected = split(list(read(root, "val")))
     assert ([sample.key for sample in samples], rejected) == (["4010069381", "4882821564"], [])
     assert all(sample.members == {} and sample.video is None for sample in samples)

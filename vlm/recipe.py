@@ -45,6 +45,9 @@ class OptimConfig:
     """Steps of linear warmup; none: `warmup_epochs` decides."""
     warmup_epochs: float = 0.0
     """Warmup in epochs, used where `warmup_steps` is none."""
+    warmup_peak_twice: bool = True
+    """Whether the last step of warmup has the peak already, as VideoMAE's; without, step k of W has k/W of it, as
+    LLaMA-Adapter's and all systems after it."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     eps: float = 1e-8

@@ -28,7 +28,8 @@ from vlm.data.packing import Row, pack, pack_trees, row_of, share_prefixes
 from vlm.data.prompts import PromptEncoder
 from vlm.data.views import VIEWS, Item, without_lead
 from vlm.models.vamos import Vamos
-from vlm.run.optim import parameter_groups
+from vlm.recipe import load
+from vlm.run.optim import parameter_groups, warmup_cosine
 from vlm.types import Batch
 from vlm.weights import read_state_dict
 
@@ -217,3 +218,20 @@ def test_run(system: str, load_golden: Callable[[str], Any], golden: Callable[[s
 def _is_prompted(name: str, args: dict[str, Any], model: Vamos) -> bool:
     """Whether a gate belongs to a block with prompts."""
     return int(name.split(".")[1]) >= model.config.llama.layers - args["adapter_layer"]
+
+
+@pytest.mark.parametrize("system", ["vamos", "flipped"])  # ViCo's run there drops micro-batches at the end of an epoch
+def test_rates_of_the_recipes(system: str, load_golden: Callable[[str], Any]) -> None:
+    values = load_golden(f"traj_{system}.pt")
+    args, rates = values["args"], [update["lr"] for update in values["updates"] if update["stepped"]]
+    optim = load("vamos.nextqa_vis" if system == "vamos" else "llama_vqa.nextqa").optim
+    assert optim.min_lr == args["min_lr"]
+    warmup = args["warmup_epochs"] * len(rates) // args["epochs"]
+    ours = [
+        warmup_cosine(
+            step, total_steps=len(rates), warmup_steps=warmup, peak=args["lr"], final=optim.min_lr,
+            peak_twice=optim.warmup_peak_twice,
+        )
+        for step in range(len(rates))
+    ]  # fmt: skip
+    assert ours == pytest.approx(rates, rel=1e-9, abs=1e-12)

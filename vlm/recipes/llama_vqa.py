@@ -92,4 +92,10 @@ def debug() -> Recipe:
 
 def _optim(base_lr: float, batch: int, weight_decay: float) -> OptimConfig:
     """The schedule of all three systems: two epochs of warmup, cosine to 0, betas of LLaMA-Adapter."""
-    return OptimConfig(lr=base_lr * batch / 256, warmup_epochs=2, betas=(0.9, 0.95), weight_decay=weight_decay)
+    return OptimConfig(
+        lr=base_lr * batch / 256,
+        warmup_epochs=2,
+        warmup_peak_twice=False,
+        betas=(0.9, 0.95),
+        weight_decay=weight_decay,
+    )

@@ -54,19 +54,24 @@ def _layer_id(model: System, name: str) -> int:
     return layer
 
 
-def warmup_cosine(step: int, *, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
+def warmup_cosine(
+    step: int, *, total_steps: int, warmup_steps: int, peak: float, final: float, peak_twice: bool = True
+) -> float:
     """The value of a schedule at one optimizer step: linear warmup from 0, then half a cosine from `peak` to `final`.
 
     W = warmup_steps values evenly spaced over [0, peak], both ends included (so step 0 is exactly 0 where there is a
-    warmup, and `peak` comes twice), then for i = 0 … R - 1, R = total_steps - W:
+    warmup, and `peak` comes twice), or without `peak_twice` peak * k / W at step k < W; then for i = 0 … R - 1, R = total_steps - W:
     final + (peak - final) / 2 * (1 + cos(pi i / R)), which stops one short of `final`.
 
     Args:
         step: 0 … total_steps - 1.
         warmup_steps: 0 … total_steps.
+        peak_twice: as VideoMAE's schedule has it; without, as MAE's and LLaMA-Adapter's.
     """
     assert 0 <= step < total_steps, f"step {step} of {total_steps}"
     assert 0 <= warmup_steps <= total_steps, f"{warmup_steps} warmup steps of {total_steps}"
+    if step < warmup_steps and not peak_twice:
+        return peak * step / warmup_steps
     if step < warmup_steps:
         return peak if step == warmup_steps - 1 > 0 else step * (peak / max(warmup_steps - 1, 1))
     turn = math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))

@@ -190,7 +190,12 @@ def schedule_of(recipe: Recipe, records: int, total_steps: int) -> Callable[[int
         warmup = int(optim.warmup_epochs * records / recipe.global_batch_size)
     warmup = min(warmup, total_steps)
     return lambda step: warmup_cosine(
-        step, total_steps=total_steps, warmup_steps=warmup, peak=optim.lr, final=optim.min_lr
+        step,
+        total_steps=total_steps,
+        warmup_steps=warmup,
+        peak=optim.lr,
+        final=optim.min_lr,
+        peak_twice=optim.warmup_peak_twice,
     )
 
 

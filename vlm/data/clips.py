@@ -231,16 +231,19 @@ class ClipConfig:
         frames = _read(record, distinct)
         frames = tf.resize_bilinear(frames, *tf.short_side_size(*tf.frame_size(frames), self.short_side))
         boxes = tf.spatial_boxes(*tf.frame_size(frames), self.size, self.test_crops)
-        cropped = {box: tf.normalize(tf.to_video(tf.crop(frames, box)), self.mean, self.std) for box in set(boxes)}
         examples: dict[str, list[Example]] = {}
         for name, several in clips.items():
-            places = [torch.from_numpy(np.searchsorted(distinct, clip)) for clip in several]
+            places = [np.searchsorted(distinct, clip) for clip in several]
             examples[name] = [
-                Example(key=record.key, video=cropped[box].index_select(1, place), label=label)
+                Example(key=record.key, video=self._view(tf.crop(frames, box)[place]), label=label)
                 for place in places
                 for box in boxes
             ]
         return examples
+
+    def _view(self, frames: np.ndarray) -> Tensor:
+        """Frames (T, size, size, 3) uint8 -> a test view (3, T, size, size), normalised."""
+        return tf.normalize(tf.to_video(frames), self.mean, self.std)
 
     def _test_indices(self, num_frames: int, rng: SampleRng) -> list[np.ndarray]:
         if self.stride is not None:

@@ -257,6 +257,9 @@ def check_inputs(recipe: Recipe) -> None:
     check = getattr(recipe.model, "check_inputs", None)
     if check is not None:
         check(recipe.inputs)
+    check_views = getattr(recipe.inputs, "check_views", None)
+    if check_views is not None:
+        check_views(tuple(recipe.views))
     known = getattr(recipe.inputs, "probes", ())
     for probe in recipe.eval.probes if recipe.eval is not None else ():
         if probe not in known:

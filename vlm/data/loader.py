@@ -135,10 +135,12 @@ class TrainDataset:
                 watch.end()
             incidents += [incident._replace(replaced_by=record.key) for incident in met]
             return examples
-        listed = "; ".join(f"{one.key} in {one.shard}: {one.reason}" for one in met[:3])
+        kinds = {one.reason.replace(one.key, ""): one for one in met}  # one of each sort is enough
+        listed = "; ".join(f"{one.key} in {one.shard}: {one.reason}" for one in list(kinds.values())[:3])
         raise UserError(
-            f"{met[0].shards}: {len(met)} records in a row could not be used at position {position} ({listed}, …). "
-            "Check the files with tools/make_shards.py without --no-check, or look at the storage"
+            f"{met[0].shards}: {len(met)} records in a row could not be used at position {position} ({listed}). If the "
+            "reasons are the recipe's, set it otherwise; if they are the files', look at the storage, or make the "
+            "shards with tools/make_shards.py without --no-check, which leaves such records out"
         )
 
 

@@ -160,6 +160,7 @@ class QuestionConfig:
             DecodeError: the record's features or caption are missing or damaged.
             UserError: a question has no published answer; a view is unknown.
         """
+        self.check_views(visit.views)
         asked = self._items(record)
         if visit.part is not None:
             asked = (asked[visit.part],)
@@ -302,12 +303,16 @@ class QuestionConfig:
         last = min(int(span[1] * record.annotation["features"]["fps"]), len(whole) - 1)
         return whole[max(last, 0)][None]
 
+    def check_views(self, views: Iterable[str]) -> None:
+        """Refuse views that there are not, or for which a setting is missing (UserError)."""
+        for view in views:
+            if view not in VIEWS:
+                raise UserError(f"views: there is no view {view!r}; known: {', '.join(VIEWS)}")
+        if "caption" in views and self.caption_target is None:
+            raise UserError("views: `caption` needs inputs.caption_target, the name of the file that it teaches")
+
     def _prompt(self, view: str, item: Item, rng: SampleRng) -> Prompt:
-        if view not in VIEWS:
-            raise UserError(f"views: there is no view {view!r}; known: {', '.join(VIEWS)}")
         if view == "caption":
-            if self.caption_target is None:
-                raise UserError("views: `caption` needs inputs.caption_target, the name of the file that it teaches")
             text = random_suffix(item.caption, rng.python) if self.caption_part == "suffix" else item.caption
             return caption(replace(item, caption=text), skip=self.caption_skip)
         if item.answer is None:

@@ -60,8 +60,8 @@ def warmup_cosine(
     """The value of a schedule at one optimizer step: linear warmup from 0, then half a cosine from `peak` to `final`.
 
     W = warmup_steps values evenly spaced over [0, peak], both ends included (so step 0 is exactly 0 where there is a
-    warmup, and `peak` comes twice), or without `peak_twice` peak * k / W at step k < W; then for i = 0 … R - 1, R = total_steps - W:
-    final + (peak - final) / 2 * (1 + cos(pi i / R)), which stops one short of `final`.
+    warmup, and `peak` comes twice), or without `peak_twice` peak * k / W at step k < W; then for i = 0 … R - 1,
+    R = total_steps - W: final + (peak - final) / 2 * (1 + cos(pi i / R)), which stops one short of `final`.
 
     Args:
         step: 0 … total_steps - 1.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vlm.data.randaugment import (
+    FILL,
     OPERATIONS,
     POINT_OPERATIONS,
+    WARPS,
     RandAugment,
     Step,
     apply_operations,
@@ -135,3 +138,23 @@ def test_point_operations_are_those_that_commute_with_a_crop(frames: np.ndarray,
     whole = apply_operations(frames, [step])[:, 5:15, 6:20]
     part = apply_operations(frames[:, 5:15, 6:20], [step])
     assert (operation in POINT_OPERATIONS) == bool((whole == part).all())
+
+
+@pytest.mark.parametrize("operation", sorted(WARPS))
+def test_the_box_of_a_warp_is_made_to_the_bit(frames: np.ndarray, operation: str) -> None:
+    height, width = frames.shape[1:3]
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        step = Step(operation, operation_argument(operation, rng.uniform(0, 10), rng.choice([-1.0, 1.0])))
+        top, left = int(rng.integers(height)), int(rng.integers(width))
+        box = (top, left, int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1)))
+        whole = apply_operations(frames[:1], [step])
+        expected = whole[:, top : top + box[2], left : left + box[3]]
+        np.testing.assert_array_equal(apply_operations(frames[:1], [step], box), expected, err_msg=f"{step} {box}")
+
+
+def test_a_rotation_is_pillows(frames: np.ndarray) -> None:
+    for degrees in (-30.0, -0.3, 0.0, 12.34, 21.0):
+        rotated = Image.fromarray(frames[0]).rotate(degrees, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
+        ours = apply_operations(frames[:1], [Step("Rotate", degrees)], (0, 0, *frames.shape[1:3]))
+        np.testing.assert_array_equal(ours[0], np.asarray(rotated), err_msg=str(degrees))

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from vlm.data.randaugment import POINT_OPERATIONS, Step, apply_operations
+from vlm.data.randaugment import Step, apply_operations
 
 
 class Box(NamedTuple):
@@ -149,11 +149,8 @@ def crop(frames: np.ndarray, box: Box) -> np.ndarray:
 
 
 def augment_and_crop(frames: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarray:
-    """The box of the augmented frames. Point operations at the end of the list are applied to the box alone."""
-    after_crop = len(steps)
-    while after_crop > 0 and steps[after_crop - 1].operation in POINT_OPERATIONS:
-        after_crop -= 1
-    return apply_operations(crop(apply_operations(frames, steps[:after_crop]), box), steps[after_crop:])
+    """The box of the augmented frames; what only the rest would need is not made where that is the same."""
+    return apply_operations(frames, steps, box)
 
 
 def resize_bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:

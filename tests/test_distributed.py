@@ -1,11 +1,13 @@
 """Whoever starts the processes, they find each other."""
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from vlm import distributed
 from vlm.distributed import share
@@ -96,3 +98,22 @@ def test_shares_cover_everything_once(count, world):
     assert parts[-1][1] == count
     assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
     assert max(b - a for a, b in parts) - min(b - a for a, b in parts) <= 1
+
+
+def test_processes_of_a_host_share_its_cores(clean: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    threads = torch.get_num_threads()
+    try:
+        clean.delenv("OMP_NUM_THREADS", raising=False)
+        clean.setenv("LOCAL_SIZE", str(cores))
+        distributed._share_cores()
+        assert torch.get_num_threads() == 1
+        clean.setenv("LOCAL_SIZE", "1")
+        distributed._share_cores()
+        assert torch.get_num_threads() == cores
+        clean.setenv("OMP_NUM_THREADS", "1")
+        clean.setenv("LOCAL_SIZE", str(cores))
+        distributed._share_cores()
+        assert torch.get_num_threads() == cores, "what the user said is kept"
+    finally:
+        torch.set_num_threads(threads)

@@ -20,6 +20,8 @@ from vlm.types import UserError
 
 ValueT = TypeVar("ValueT")
 
+# How many processes share a host: torchrun, deepspeed, mpirun.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -65,11 +67,19 @@ def join(timeout_minutes: float = 30.0) -> World:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
+        _share_cores()
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
     )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, starter)
+
+
+def _share_cores() -> None:
+    """As many threads as this process has cores to itself, where the user has not said how many."""
+    together = int(next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), 1))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // together))
 
 
 def leave() -> None:

@@ -33,6 +33,7 @@ from vlm.data.shards import ShardSet, write_shards
 from vlm.types import Record, Sample, UserError
 
 ROWS = 24
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -516,16 +517,48 @@ def test_a_piece_as_large_as_the_cache_is_not_kept(tmp_path: Path) -> None:
     assert cache.get("empty") == b""
 
 
-def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
+def test_what_killed_processes_left_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
     cache = PieceCache(tmp_path / "cache", 100_000)
-    cache.put("a", bytes(5000))
-    for name, age in (("old", 4000), ("new", 10)):
-        (tmp_path / "cache" / "unfinished" / name).write_bytes(bytes(20_000))
-        os.utime(tmp_path / "cache" / "unfinished" / name, (time.time() - age,) * 2)
-    (tmp_path / "cache" / "use").unlink()
-    cache.put("b", bytes(5000))
-    assert [path.name for path in (tmp_path / "cache" / "unfinished").iterdir()] == ["new"]
-    assert (cache.get("a"), cache.get("b")) == (bytes(5000), bytes(5000))
+    ready, go = FORK.Queue(), tmp_path / "go"
+
+    def work() -> None:
+        with cache.writing("slow", 20_000) as writer:
+            writer.add(b"a" * 10_000)
+            ready.put(True)
+            while not go.exists():
+                time.sleep(0.01)
+            writer.add(b"b" * 10_000)
+
+    processes = [FORK.Process(target=work) for _ in range(2)]
+    for process in processes:
+        process.start()
+        assert ready.get(timeout=60)
+    processes[0].kill()
+    processes[0].join()
+    unfinished = tmp_path / "cache" / "unfinished"
+    assert len(list(unfinished.iterdir())) == 2
+    with cache.writing("own", 20_000) as writer:
+        for name in "abcd":
+            cache.put(name, bytes(15_000))  # makes room
+            assert taken(tmp_path / "cache") <= 100_000
+        assert len(list(unfinished.iterdir())) == 2
+        writer.add(b"c" * 20_000)
+    go.touch()
+    processes[1].join(60)
+    assert (cache.get("own"), cache.get("slow")) == (b"c" * 20_000, b"a" * 10_000 + b"b" * 10_000)
+    assert list(unfinished.iterdir()) == []
+
+
+def test_an_index_in_use_leaves_last(server: FaultyServer, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shards = ShardSet(server.url, cache=cache, cache_bytes=100_000)
+    time.sleep(0.01)
+    for row in range(12):
+        shards.read(row)
+    assert len(pieces(cache)) < 8
+    server.requests.clear()
+    assert pickle.loads(pickle.dumps(shards)).manifest == shards.manifest
+    assert server.requests == []
 
 
 def test_without_a_cache_records_still_come(
@@ -548,9 +581,6 @@ def test_without_a_cache_records_still_come(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     ShardSet(server.url)
     assert pieces(tmp_path / "xdg" / "vlm")
-
-
-FORK = multiprocessing.get_context("fork")
 
 
 def reader(url: str, cache: Path, bound: int, rounds: int, start: int) -> tuple[Any, Any]:

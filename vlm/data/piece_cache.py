@@ -6,7 +6,8 @@ only so long; without them the bound is not exact, and large pieces may be fetch
 
     FOLDER/00 … ff/NAME   pieces: the content, then crc32 of each MiB of it, then its length (a trailer, so that a
                           content that is an .npy can be mapped as it is)
-    FOLDER/unfinished/    pieces being written; what a killed process left goes after an hour
+    FOLDER/unfinished/    pieces being written, locked by their writers; what a killed process left goes with the next
+                          that looks for room
     FOLDER/use            its length, times 4096, is what all of it takes; locked while someone counts
 """
 
@@ -29,7 +30,8 @@ BLOCK = 1 << 20  # bytes that share a checksum
 UNIT = 4096  # bytes that a byte of `use` stands for
 FULL, KEPT = 0.95, 0.85  # of the bound: pieces go when more than the former is used, until the latter is
 PATIENCE = 5.0  # seconds to wait for others who count; a process that was stopped in between may hold them up
-ABANDONED = 3600.0  # seconds after which an unfinished piece that nobody writes to any more goes
+ABANDONED = 3600.0  # seconds after which what nobody touched is not in use
+LAST = ("-index", "-manifest")  # ends of names of pieces that leave after all others while they are in use
 _TAIL = struct.Struct("<8sQ")
 _MAGIC = b"vlmpiece"
 
@@ -132,12 +134,14 @@ class PieceCache:
             yield writer
             writer.finish()
             self.path(name).parent.mkdir(exist_ok=True)
-            os.rename(temporary, self.path(name))  # noqa: PTH104
+            with contextlib.suppress(FileNotFoundError):  # the folder was cleared meanwhile: it is not kept
+                os.rename(temporary, self.path(name))  # noqa: PTH104
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)  # noqa: PTH108
             raise
         finally:
+            _WRITTEN_HERE.discard(temporary)
             if writer.piece is None:
                 os.close(descriptor)
 
@@ -170,6 +174,9 @@ class PieceCache:
                 os.ftruncate(counter.fileno(), self._make_room(_taken(size)) // UNIT)
             counter.write(b"\0" * (_taken(size) // UNIT))
             descriptor, path = tempfile.mkstemp(dir=unfinished)
+            _WRITTEN_HERE.add(path)
+            with contextlib.suppress(OSError):
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that its writer lives
             os.ftruncate(descriptor, size)
         return descriptor, path
 
@@ -182,15 +189,16 @@ class PieceCache:
             except OSError:  # another process removed it
                 continue
             unfinished = Path(entry.path).parent.name == "unfinished"
-            if unfinished and time.time() - status.st_mtime > ABANDONED:
+            if unfinished and _is_abandoned(entry.path, time.time() - status.st_mtime):
                 with contextlib.suppress(OSError):
                     os.unlink(entry.path)  # noqa: PTH108
                 continue
             used += _taken(status.st_size)
             if not unfinished:
-                found.append((status.st_mtime_ns, status.st_size, entry.path))
+                last = entry.name.endswith(LAST) and time.time() - status.st_mtime < ABANDONED
+                found.append((last, status.st_mtime_ns, status.st_size, entry.path))
         if used + taken > FULL * self.bound:
-            for _, size, path in sorted(found):
+            for _, _, size, path in sorted(found):
                 if used + taken <= KEPT * self.bound:
                     break
                 with contextlib.suppress(OSError):
@@ -234,13 +242,36 @@ class Writer:
 _THREADS: dict[str, threading.Lock] = {}  # locks of files hold between processes only
 
 
-def _make_thread_locks() -> None:
-    """A forked process begins with free ones: its parent's may be held by threads that it has not."""
+_WRITTEN_HERE: set[str] = set()  # unfinished files of this process: to itself they look unlocked
+
+
+def _begin_process() -> None:
+    """A forked process holds no lock: its parent's threads are not here, nor does it write their files."""
     _THREADS.update(turn=threading.Lock(), use=threading.Lock())
+    _WRITTEN_HERE.clear()
 
 
-_make_thread_locks()
-os.register_at_fork(after_in_child=_make_thread_locks)
+_begin_process()
+os.register_at_fork(after_in_child=_begin_process)
+
+
+def _is_abandoned(path: str, age: float) -> bool:
+    """Whether nobody writes to an unfinished file any more: its lock is free, or where there are none, it is old."""
+    if path in _WRITTEN_HERE:
+        return False
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return age > ABANDONED
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -72,8 +72,9 @@ class ShardSet:
         _check_index_hash(index, where, self._index_entry)
 
     def _open_index(self) -> Path:
-        path, where = self._files.index(self._index_entry), self._files.where(layout.INDEX)
+        where = self._files.where(layout.INDEX)
         try:
+            path = self._files.index(self._index_entry)
             self.index = np.load(path, mmap_mode="r")
         except (OSError, ValueError, OverflowError) as error:
             raise UserError(f"{where} cannot be opened ({error}); {MEND}") from error

@@ -182,11 +182,15 @@ def test_words_of_a_mix() -> None:
     assert parse_mix("data/a:100,data/b:24.5") == [("data/a", 100.0), ("data/b", 24.5)]
     assert parse_mix("a, b:3") == [("a", 1.0), ("b", 3.0)]
     assert parse_mix("https://host:8000/x/y,s3://b/c:2") == [("https://host:8000/x/y", 1.0), ("s3://b/c", 2.0)]
+    assert parse_mix("a:2,pipe:tool --set=x,y {}:3") == [("a", 2.0), ("pipe:tool --set=x,y {}", 3.0)]
+    assert parse_mix("pipe:cat x,y/{}") == [("pipe:cat x,y/{}", None)]
     with pytest.raises(UserError, match="names no shards"):
         parse_mix(" , ")
     assert is_elsewhere("pipe:cat x/{}")
     assert is_elsewhere("hf://datasets/a/b")
+    assert is_elsewhere("simplecache::s3://b/c")
     assert not is_elsewhere("data/a:b")
+    assert not is_elsewhere("file:///data/a")
 
 
 def test_wrong_mixes_are_refused(shape_shards: Any) -> None:

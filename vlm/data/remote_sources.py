@@ -67,11 +67,6 @@ class Source(Protocol):
         """Nothing that was learnt of a file counts any more."""
 
 
-def is_elsewhere(path: str) -> bool:
-    """Whether a path is a URL or a command rather than a folder of this file system."""
-    return bool(re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*(://|::)", path)) and not path.startswith("file://")
-
-
 def make_source(url: str) -> Source:
     """The folder that a URL or a `pipe:` command names. UserError: nothing reads such URLs."""
     if url.startswith("pipe:"):

@@ -17,8 +17,8 @@ from urllib.parse import unquote
 import numpy as np
 
 from vlm.data import shard_format as layout
+from vlm.data.mix import is_elsewhere
 from vlm.data.remote import RemoteFiles
-from vlm.data.remote_sources import is_elsewhere
 from vlm.data.shard_files import MEND, Files, LocalFiles, ShardChangedError, damaged
 from vlm.data.shard_format import ShardError, ShardGoneError
 from vlm.types import Record, UserError

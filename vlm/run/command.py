@@ -262,7 +262,7 @@ def _check_given_folder(name: str, options: argparse.Namespace) -> None:
     """Whether a folder of shards that stands on the command line is there: told before the recipe is imported."""
     given = [text for text in options.overrides if text.startswith(f"{name}=")]
     for path, _ in parse_mix(given[-1].partition("=")[2]) if given and not options.dry_run else ():
-        if not is_elsewhere(path) and not Path(path).is_dir():
+        if not is_elsewhere(path) and not Path(path.removeprefix("file://")).is_dir():
             raise UserError(f"{given[-1]}: there is no such folder; make the shards with tools/make_shards.py")
 
 

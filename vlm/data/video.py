@@ -457,5 +457,7 @@ def _decode_decord(data: Source, wanted: list[int]) -> np.ndarray:
     frames = _decord_batch(_decord_reader(data), distinct)
     if len(frames) != len(distinct):
         raise DecodeError(f"decord returned {len(frames)} frames of {len(distinct)}")
+    if wanted == distinct:
+        return frames
     places = {index: place for place, index in enumerate(distinct)}
     return frames[[places[index] for index in wanted]]

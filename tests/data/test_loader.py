@@ -192,6 +192,13 @@ def test_a_decoder_that_crashes_costs_no_sample_where_pyav_can_read_it(shards):
     assert load(shards, 1, 1, Crashing(broken)) == load(shards, 1, 0, Fussy())
 
 
+def test_the_ledger_says_how_often_a_sample_was_tried(shards):
+    broken = {shards.key(3)}
+    for pipeline, tries in ((Fussy(broken), 1), (Deadly(broken), 2)):
+        incidents = [incident for _, _, found in load(shards, 1, 1, pipeline) for incident in found]
+        assert {incident.attempts for incident in incidents} == {tries}
+
+
 def test_a_shard_that_vanishes_is_named_at_once(shape_shards, tmp_path):
     copy = shutil.copytree(shape_shards / "train", tmp_path / "copy")
     shards = ShardSet(copy)

@@ -1,7 +1,5 @@
 """The order is a pure function: every record once an epoch, epochs differ, seeking costs nothing."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -41,19 +39,10 @@ def test_reads_stay_nearly_sequential():
     assert len(np.unique(rows // BLOCK)) == WINDOW
 
 
-def test_seeking_far_is_quick_and_replays_nothing():
+def test_seeking_far_replays_nothing():
     order = Order(10_000_000, seed=0)
-    started = time.process_time()
     order.row(10**9 + 12345)
-    assert len(order._cache) == 2
-    assert time.process_time() - started < 5
-
-
-def test_substitute_is_deterministic_and_varies():
-    order = Order(1000, seed=5)
-    picks = [order.substitute(17, attempt) for attempt in range(20)]
-    assert picks == [Order(1000, seed=5).substitute(17, attempt) for attempt in range(20)]
-    assert len(set(picks)) > 10
+    assert len(order._cache) == 2, "one permutation of blocks, one of a window"
 
 
 def test_batch_digest_sees_order():

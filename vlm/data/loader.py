@@ -121,14 +121,15 @@ class TrainDataset:
         for attempt in range(self.substitutes + 1):
             samples = self.stream.sets[placed.source].samples
             row, part = samples.locate(placed.sample)
+            tries = _Tries(watch)
             try:
-                record = read_watched(samples.shards, row, self.pipeline.members, watch, f"{position}.{slot}.{attempt}")
+                record = read_watched(samples.shards, row, self.pipeline.members, tries, f"{position}.{slot}.{attempt}")
                 rng = SampleRng(derive_seed("sample", self.stream.seed, position, *((slot,) if slot else ())))
                 examples = self.pipeline.train(record, rng, Visit(part, placed.epoch, self.views))
             except (DecodeError, ShardError) as error:
                 if isinstance(error, (ShardGoneError, ShardChangedError)) and self.gone == "stop":
                     raise _gone(error) from error
-                met.append(_incident(samples.shards, row, str(error), position))
+                met.append(_incident(samples.shards, row, str(error), tries.count, position))
                 placed = self.stream.substitute(placed, position, slot, attempt)
                 continue
             finally:
@@ -144,7 +145,21 @@ class TrainDataset:
         )
 
 
-def _incident(shards: ShardSet, row: int, reason: str, position: int) -> Incident:
+class _Tries:
+    """A watch that counts how often work on a sample began: once for all decoders, once for PyAV alone."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch, self.count = watch, 0
+
+    def begin(self, label: str, about: str) -> str | None:
+        self.count += 1
+        return self._watch.begin(label, about)
+
+    def end(self) -> None:
+        self._watch.end()
+
+
+def _incident(shards: ShardSet, row: int, reason: str, attempts: int, position: int) -> Incident:
     entry = shards.index[row]
     return Incident(
         key=shards.key(row),
@@ -153,7 +168,7 @@ def _incident(shards: ShardSet, row: int, reason: str, position: int) -> Inciden
         offset=int(entry["offset"]),
         nbytes=int(entry["nbytes"]),
         reason=reason,
-        attempts=1,
+        attempts=attempts,
         replaced_by="",
         position=position,
     )

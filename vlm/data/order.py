@@ -68,11 +68,6 @@ class Order:
         """`row` of each position."""
         return [self.row(position) for position in positions]
 
-    def substitute(self, position: int, attempt: int) -> int:
-        """The record that takes the place of an unusable one: a pure function of (seed, position, attempt)."""
-        digest = hashlib.blake2b(f"substitute/{self.seed}/{position}/{attempt}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") % self.size
-
     def _window_rows(self, epoch: int, window: int) -> np.ndarray:
         """Rows of one window of an epoch, shuffled. The short last block keeps its place in the block permutation,
         so windows are cut by rows, not by blocks: the concatenation of permuted blocks is cut every block*window."""

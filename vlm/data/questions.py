@@ -251,7 +251,7 @@ class QuestionConfig:
         return _tokenizer(self.tokenizer).vocab_size
 
     def _items(self, record: Record, test: bool = False) -> tuple[Item, ...]:
-        """The record's questions with keys that are those of the order (vlm.data.loader.Samples), and captions."""
+        """The record's questions with keys that are those of the order (vlm.data.stream.Samples), and captions."""
         context = target = ""
         if not test and self.caption is not None:
             context = without_lead(self._caption(record, self.caption))

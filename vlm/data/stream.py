@@ -4,7 +4,7 @@ A position holds one sample, or one pack of them (vlm.data.packs). Everything is
 weights, seed, position): no process asks another, and resuming is starting at another position.
 
     stream = Stream([Source(ShardSet("data/webvid"), weight=100), Source(ShardSet("data/cc3m"), weight=24)], seed=0)
-    stream.samples(12_345)  # [Placed(source=0, sample=77_012)]
+    stream.samples(12_345)  # [Placed(source=0, sample=77_012, epoch=0)]
     stream.keys(12_345)
 
 **Mix.** A set's share of the positions is its weight over the sum of weights. The set of a position follows from
@@ -32,6 +32,7 @@ from vlm.data.shards import ShardSet
 from vlm.types import UserError
 
 MIX_BLOCK = 1024
+_DRAWS = 64  # samples among which one is looked for that fits a pack
 _STRIDE = 1024  # records between two of the sums that `Samples` keeps
 
 
@@ -187,21 +188,13 @@ class Stream:
         one = self.sets[placed.source]
         size = len(one.samples)
         words = ("substitute", self.seed, position, *((slot,) if slot else ()), attempt)
-        drawn = _draw(words, size)
+        drawn = derive_seed(*words) % size
         if one.lengths is not None:
-            candidates = np.array([drawn, *(_draw((*words, number), size) for number in range(1, _DRAWS))])
+            candidates = np.array([drawn, *(derive_seed(*words, number) % size for number in range(1, _DRAWS))])
             lengths = one.lengths[candidates]
             fits = lengths <= one.lengths[placed.sample]
             drawn = int(candidates[fits.argmax() if fits.any() else lengths.argmin()])
         return placed._replace(sample=drawn)
-
-
-_DRAWS = 64
-
-
-def _draw(words: Sequence[int | str], size: int) -> int:
-    digest = hashlib.blake2b("/".join(map(str, words)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % size
 
 
 def _prepare(shards: ShardSet, seed: int, parted: Parted | None, pack_length: int | None) -> _Set:
@@ -221,8 +214,7 @@ def _prepare(shards: ShardSet, seed: int, parted: Parted | None, pack_length: in
 def text_lengths(shards: ShardSet) -> np.ndarray:
     """(records,) tokens of each record's text: as counted when the shards were made (--tokenizer), else a quarter of
     its characters, rounded up; at least 1."""
-    counted = getattr(shards, "tokens", None)
-    return np.maximum(1, -(-shards.text_length // 4) if counted is None else counted)
+    return np.maximum(1, -(-shards.text_length // 4) if shards.tokens is None else shards.tokens)
 
 
 class _Mix:

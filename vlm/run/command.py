@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from vlm.config import describe, to_dict
 from vlm.data.mix import is_elsewhere, parse_mix
 from vlm.errors import UserError
-from vlm.recipe import Recipe, check_files, check_inputs, check_name, families, load, names
+from vlm.recipe import Recipe, TrainData, check_files, check_inputs, check_name, families, load, names
 
 _TRAIN_PAGE = """\
 key=value changes a field of the recipe: steps=N seed=N run_dir=DIR optim.lr=X
@@ -219,9 +219,9 @@ def _train(options: argparse.Namespace, at_exit: ExitStack) -> None:
         _print_plan(options, recipe, deepspeed=derive(hardware, recipe, place()[1]))
         return
     check_files(recipe)
-    _check_shards("data.shards", recipe.data.shards)
+    _check_shards("data.shards", recipe.data.shards, recipe.data)
     if recipe.eval is not None and (recipe.eval.at_start or recipe.eval.at_end or recipe.eval.every):
-        _check_shards("eval.shards", recipe.eval.shards)
+        _check_shards("eval.shards", recipe.eval.shards, recipe.data)
     from vlm.distributed import join, leave
     from vlm.run.train import train
 
@@ -250,7 +250,7 @@ def _evaluate(options: argparse.Namespace, at_exit: ExitStack) -> None:
         _print_plan(options, recipe, checkpoint=checkpoint, deepspeed=hardware)
         return
     check_files(recipe)
-    _check_shards("eval.shards", recipe.eval.shards)
+    _check_shards("eval.shards", recipe.eval.shards, recipe.data)
     from vlm.distributed import join, leave
     from vlm.run.standalone import evaluate_checkpoint
 
@@ -266,13 +266,13 @@ def _check_given_folder(name: str, options: argparse.Namespace) -> None:
             raise UserError(f"{given[-1]}: there is no such folder; make the shards with tools/make_shards.py")
 
 
-def _check_shards(name: str, mix: str) -> None:
+def _check_shards(name: str, mix: str, data: TrainData) -> None:
     """Open the index of each shard set, for the error that it may give."""
-    from vlm.data.shards import ShardSet
+    from vlm.run.streams import open_shards
 
     try:
         for path, _ in parse_mix(mix):
-            ShardSet(path)
+            open_shards(data, path)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 

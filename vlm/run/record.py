@@ -9,7 +9,6 @@ Settings of an evaluation are those of launch/evaluate.py; the one that ends tra
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import psutil
 import torch
 
 from vlm.config import differences, to_dict
+from vlm.data.tokenizers import content_hash
 from vlm.distributed import World, from_main
 from vlm.files import sole_writer, write_json
 from vlm.nn.attention import AttentionChoice
@@ -125,7 +125,7 @@ def open_training(launch: Launch, fingerprint: str) -> tuple[Path | None, dict[s
 
 def _open_training(launch: Launch, fingerprint: str) -> tuple[Path | None, dict[str, Any]]:
     folder, root = launch.folder, launch.folder / "checkpoints"
-    about = launch.describe() | {"shards": fingerprint, "tokenizer": content_hash(launch.recipe)}
+    about = launch.describe() | {"shards": fingerprint, "tokenizer": tokenizer_hash(launch.recipe)}
     if not checkpoint.steps(root):
         if (folder / NAME).is_file() and "checkpoint" in _read(folder):
             raise UserError(
@@ -226,18 +226,7 @@ def _within(text: str, paths: tuple[str, ...]) -> bool:
     return any(setting == path or setting.startswith(f"{path}.") for path in paths)
 
 
-def content_hash(recipe: Recipe) -> str | None:
+def tokenizer_hash(recipe: Recipe) -> str | None:
     """sha256 of the tokenizer's files, wherever they lie; None where a recipe has none."""
     path: Path | None = getattr(recipe.inputs, "tokenizer", None)
-    if path is None:
-        return None
-    kinds = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*")
-    files = [path] if path.is_file() else sorted({file for kind in kinds for file in path.glob(kind) if file.is_file()})
-    digest = hashlib.sha256()
-    try:
-        for file in files:
-            digest.update(b"" if file == path else file.name.encode())
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()
+    return None if path is None else content_hash(path)

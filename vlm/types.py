@@ -31,7 +31,9 @@ class Sample:
     `annotation` becomes the `.json` member of the record and must be JSON-able. Names used in it:
     `label` (int class index), `name` (class name), `caption` (str), `questions` (list of {question, options, answer,
     kind; optionally id, span in seconds, dialogue}), `captions` (name -> text), `segments` (list of {start, end,
-    label}, frames, end exclusive).
+    label, name}, frames, end exclusive), `conversations` (list of {from: human, gpt or system; value}, the video's
+    place being `<video>`; with `span` in seconds where they are about a part), `boundaries` (list of {id, kind,
+    timestamp, prev_timestamp, next_timestamp, subject, status_before, status_after}, seconds).
     """
 
     key: str  # unique in its shard set; "." is not allowed in a key (webdataset cuts member names at the first dot)
@@ -153,6 +155,13 @@ COUNTERS = ("rows_shortened", "tokens_dropped", "rows_too_long", "packs_too_long
 micro-batches of packs whose rows are longer together than the packs may be (lengths are planned from the index)."""
 
 
+class Colours(NamedTuple):
+    """Mean and deviation of red, green, blue (0 … 1) that pixels are normalised with."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
 @dataclass(slots=True, kw_only=True)
 class Example:
     """One training or test item after decoding and transforms, before collation."""
@@ -161,6 +170,9 @@ class Example:
     video: Tensor | None = None  # (C, T, H, W) float32, normalised
     label: int | None = None
     features: Tensor | None = None  # (V, N, D) float32: features of frames of each cut of the video that is asked about
+    frames: Tensor | None = None  # (T, C, H, W) uint8, or float32 normalised: any number of frames; an image is one
+    frame_tokens: Tensor | None = None  # (T, Q, D): what a frozen encoder made of each frame, in the place of `frames`
+    extra: dict[str, Tensor] = field(default_factory=dict)  # what else is known of its video, of one shape in a batch
     rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)  # view name -> rows; Row.sample counts cuts
     options: tuple[tuple[Row, ...], ...] = ()  # test: for each question a row for each option
     passages: tuple[Passage, ...] = ()  # what a selector is to choose from, in the order of its rows' `first_pick`
@@ -229,6 +241,11 @@ class Batch:
     target: Tensor | None = None  # (B, K) float: soft labels, where mixup or smoothing made them
     mask: Tensor | None = None  # (B, N) bool, True = hidden (masked pretraining)
     features: Tensor | None = None  # (B, N, D) float: features of frames, computed before; None: rows have no video
+    frames: Tensor | None = None  # (F, C, H, W): the frames of all videos end to end; images are videos of one frame
+    frame_tokens: Tensor | None = None  # (F, Q, D): what a frozen encoder made of each frame, in the place of `frames`
+    frame_counts: tuple[int, ...] = ()  # frames of each video of the batch (rows without a video have none); sum: F
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (videos, …): what else is known of each video, by name
+    colours: Colours | None = None  # `video` and `frames` are uint8, these still to be applied; None: normalised floats
     views: dict[str, TextRows] = field(default_factory=dict)  # view name (= loss name) -> its rows
     options: TextRows | None = None  # rows that score the options of questions (evaluation)
     passages: Passages | None = None  # what a selector chooses tokens from; None: rows hold whole texts
@@ -245,6 +262,7 @@ class Batch:
             elif isinstance(value, (TextRows, Passages)):
                 moved[f.name] = value.to(where)
         moved["views"] = {name: rows.to(where) for name, rows in self.views.items()}
+        moved["extra"] = {name: value.to(where, non_blocking=True) for name, value in self.extra.items()}
         return replace(self, **moved)
 
 

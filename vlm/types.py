@@ -134,6 +134,7 @@ class Ask(NamedTuple):
     id: str = ""  # of a question, as its dataset calls it
     question: str = ""
     options: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()  # what people wrote, where a text is to be written
 
 
 class Incident(NamedTuple):
@@ -175,6 +176,7 @@ class Example:
     extra: dict[str, Tensor] = field(default_factory=dict)  # what else is known of its video, of one shape in a batch
     rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)  # view name -> rows; Row.sample counts cuts
     options: tuple[tuple[Row, ...], ...] = ()  # test: for each question a row for each option
+    prompts: tuple[Row, ...] = ()  # test: a row for each text that is to be written
     passages: tuple[Passage, ...] = ()  # what a selector is to choose from, in the order of its rows' `first_pick`
     counters: dict[str, int] = field(default_factory=dict)  # what had to be cut, by `COUNTERS`
 
@@ -248,6 +250,7 @@ class Batch:
     colours: Colours | None = None  # `video` and `frames` are uint8, these still to be applied; None: normalised floats
     views: dict[str, TextRows] = field(default_factory=dict)  # view name (= loss name) -> its rows
     options: TextRows | None = None  # rows that score the options of questions (evaluation)
+    prompts: TextRows | None = None  # rows that a language model is to go on from (generation); each is a row alone
     passages: Passages | None = None  # what a selector chooses tokens from; None: rows hold whole texts
     incidents: tuple[Incident, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)  # what had to be cut, by `COUNTERS`
@@ -274,6 +277,20 @@ class LossTerm(NamedTuple):
 
 
 Losses = dict[str, LossTerm]  # loss name (= view name = weight key = log key) -> term
+
+
+@dataclass(slots=True, kw_only=True)
+class Writing:
+    """One row of predictions.jsonl of a system that writes: captions, answers in free words."""
+
+    key: str
+    text: str
+    references: list[str]  # what people wrote; empty: not published
+    kind: str = ""  # which text of its video it is: subject, status_before …; "": there is one kind
+    video: str = ""  # the record that it is about
+    id: str = ""  # as its dataset calls it
+    question: str = ""  # what the language model was given beside the video
+    probes: dict[str, str] = field(default_factory=dict)  # the texts under conditions that should break the model
 
 
 @dataclass(slots=True, kw_only=True)

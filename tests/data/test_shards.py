@@ -514,13 +514,16 @@ if __name__ == "__main__":
 
 
 def test_killed_run_continues_to_the_same_bytes(clips: Path, tmp_path: Path) -> None:
-    """kill -9 when the first shard is there; also the lock and the workers must not be in the way afterwards."""
-    script = tmp_path / "run.py"
+    """kill -9 when the first shard is there; also the lock and the workers must not be in the way afterwards, nor is
+    anything left among temporary files."""
+    script, scratch = tmp_path / "run.py", tmp_path / "scratch"
+    scratch.mkdir()
     script.write_text(KILLED)
     options: dict[str, Any] = {"arguments": ARGUMENTS, "shard_samples": 1, "workers": 2}
     write_shards(samples(clips), tmp_path / "whole", **options)
     command = [sys.executable, str(script), str(clips), str(tmp_path / "killed")]
-    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert subprocess.run(command, env={**os.environ, "TMPDIR": str(scratch)}).returncode == -signal.SIGKILL
+    assert not list(scratch.iterdir())
     assert list((tmp_path / "killed").glob("shard-*.tar"))
     assert not (tmp_path / "killed" / MANIFEST).exists()
     write_shards(samples(clips), tmp_path / "killed", **options)

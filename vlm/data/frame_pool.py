@@ -149,8 +149,9 @@ class _Worker:
     """A process and the video that it reads."""
 
     def __init__(self, fps: float, prepare: Prepare) -> None:
-        context = multiprocessing.get_context("forkserver")  # a clean process: nothing of the caller's threads
-        context.set_forkserver_preload(["vlm.data.frame_pool"])
+        # A clean process: nothing of the caller's threads; and unlike a fork server's, no socket file that outlives
+        # a caller that is killed.
+        context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, fps, prepare), daemon=True)
         self.process.start()

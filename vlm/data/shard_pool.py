@@ -102,8 +102,9 @@ class _Worker:
     """A process, the shard that it builds, the item it is at and since when."""
 
     def __init__(self, work: Work) -> None:
-        context = multiprocessing.get_context("forkserver")  # a clean process: nothing of the caller's threads
-        context.set_forkserver_preload(["vlm.data.shard_pool"])
+        # A clean process: nothing of the caller's threads; and unlike a fork server's, no socket file that outlives
+        # a caller that is killed.
+        context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, work), daemon=True)
         self.process.start()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from vlm.data.features import cut_span, read_features, spread_frames
+from vlm.data.features import cut_span, read_features, read_tensor, spread_frames, tensor_bytes
 from vlm.data.shards import ShardSet, write_shards
 from vlm.data.video import DecodeError
 from vlm.types import Record, Sample
@@ -95,3 +97,47 @@ def test_features_of_a_record(tmp_path: Path) -> None:
 def test_features_that_cannot_be_used(members: dict[str, bytes], message: str) -> None:
     with pytest.raises(DecodeError, match=message):
         read_features(record(**members))
+
+
+# Any tensor ----------------------------------------------------------------------------------------------------------
+
+
+def holding(**members: bytes) -> Record:
+    """A record with members NAME__safetensors or NAME__npy."""
+    return record(**{name.replace("__", "."): data for name, data in members.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (0, 4), ()])
+def test_tensors_come_back_to_the_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape).mul(9).to(dtype)
+    data = tensor_bytes("tokens", tensor)
+    members = {"tokens.safetensors": data}
+    found = read_tensor(dataclasses.replace(record(), members=members), "tokens")
+    assert (found.dtype, found.shape) == (dtype, tensor.shape)
+    assert torch.equal(found, tensor)
+    assert tensor_bytes("tokens", tensor.clone()) == data
+
+
+def test_published_arrays_are_tensors_too() -> None:
+    values = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    assert torch.equal(read_tensor(holding(tokens__npy=array(values)), "tokens"), torch.from_numpy(values))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({}, r"record 'v' of s has no tokens.safetensors or tokens.npy"),
+        ({"tokens__safetensors": b""}, "record 'v' of s: tokens.safetensors is damaged"),
+        ({"tokens__safetensors": tensor_bytes("tokens", torch.ones(9))[:-1]}, "tokens.safetensors is damaged"),
+        ({"tokens__safetensors": b"\xff" * 8 + b"{}"}, "tokens.safetensors is damaged"),
+        ({"tokens__safetensors": tensor_bytes("other", torch.ones(9))}, "holds no tensor called 'tokens'"),
+        ({"tokens__safetensors": tensor_bytes("tokens", torch.tensor([1.0, torch.nan]))}, "that are not finite"),
+        ({"tokens__npy": array(np.ones((2, 4)))[:40]}, "tokens.npy is damaged"),
+        ({"tokens__npy": array(np.array([{}]))}, "tokens.npy is damaged"),  # a pickle: not opened
+        ({"tokens__npy": array(np.array(["a"]))}, "tokens.npy is damaged"),
+    ],
+)
+def test_tensors_that_cannot_be_used(members: dict[str, bytes], message: str) -> None:
+    with pytest.raises(DecodeError, match=message):
+        read_tensor(holding(**members), "tokens")

@@ -1,6 +1,8 @@
-"""Features of frames, computed before: read from a record, cut to what a question is about, brought to F frames.
+"""What frozen encoders made of a video before: tensors that are members of its record.
 
-As Flipped-VQA, Vamos and ViCo use them: frames evenly spread, short videos filled up with zeros.
+`read_tensor` reads any: the member `NAME.safetensors` (one tensor called NAME, of any dtype) or `NAME.npy`. The rest is
+about `features.npy`, one row a frame, as Flipped-VQA, Vamos and ViCo use it: cut to what a question is about, frames
+evenly spread, short videos filled up with zeros.
 """
 
 from __future__ import annotations
@@ -11,11 +13,47 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
 from vlm.data.video import DecodeError
 from vlm.types import Record
 
 MEMBER = "features.npy"
+
+
+def tensor_members(name: str) -> tuple[str, ...]:
+    """The members of a record that may hold the tensor `name`: what to ask `ShardSet.read` for."""
+    return f"{name}.safetensors", f"{name}.npy"
+
+
+def tensor_bytes(name: str, tensor: Tensor) -> bytes:
+    """The content of a member `NAME.safetensors`. The same tensor, the same bytes; every dtype, bfloat16 too."""
+    return save({name: tensor.contiguous()})
+
+
+def read_tensor(record: Record, name: str) -> Tensor:
+    """A tensor of a record, as it was stored: shape, dtype and all. DecodeError: it has none, or it is damaged."""
+    where = f"record {record.key!r} of {record.shard}"
+    member = next((member for member in tensor_members(name) if member in record.members), None)
+    if member is None:
+        raise DecodeError(f"{where} has no {' or '.join(tensor_members(name))}")
+    data = record.members[member]
+    try:
+        tensor = load(data)[name] if member.endswith(".safetensors") else torch.from_numpy(_read_array(data))
+    except KeyError as error:
+        raise DecodeError(f"{where}: {member} holds no tensor called {name!r}") from error
+    except (SafetensorError, ValueError, TypeError, EOFError) as error:
+        raise DecodeError(f"{where}: {member} is damaged ({error})") from error
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise DecodeError(f"{where}: {member} holds numbers that are not finite")
+    return tensor
+
+
+def _read_array(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data), allow_pickle=False)
 
 
 def read_features(record: Record) -> np.ndarray:
@@ -24,7 +62,7 @@ def read_features(record: Record) -> np.ndarray:
     if data is None:
         raise DecodeError(f"record {record.key!r} of {record.shard} has no {MEMBER}")
     try:
-        features = np.load(io.BytesIO(data), allow_pickle=False)
+        features = _read_array(data)
     except (ValueError, EOFError) as error:
         raise DecodeError(f"record {record.key!r} of {record.shard}: {MEMBER} is damaged ({error})") from error
     if features.ndim != 2:

@@ -33,6 +33,7 @@ class CausalSystem(System):
     """Video tokens spliced into text before a frozen causal language model."""
 
     llm: PreTrainedModel
+    reads_text = True
 
     def __init__(self, llm: PreTrainedModel, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -42,7 +43,10 @@ class CausalSystem(System):
             llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def encode_video(self, batch: Batch) -> Tensor | None:
-        """(B, N, D) video tokens of the batch; None: it has no video."""
+        """(B, N, D) video tokens of the batch; None: it has no video.
+
+        The same modules must run in the same order whatever number of videos and frames there is (vlm.run.modalities).
+        """
         raise NotImplementedError
 
     def fill(self, text: Tensor, rows: TextRows, batch: Batch) -> Tensor:
@@ -125,14 +129,8 @@ class CausalSystem(System):
         Returns:
             (S, D), or (Z, D) at `places`.
         """
-        video = self.encode_video(batch)
         joined = join(rows)
-        text = self.llm.get_input_embeddings()(joined.tokens)
-        if video is not None:
-            text = splice(text, video, joined.slots, joined.sources)
-        elif joined.slots.numel():
-            raise UserError(f"{', '.join(batch.keys)}: the text has places for video, but the batch has no features")
-        text = self.fill(text, joined, batch)
+        text = self.embed(joined, batch)
         arguments = self.attention_arguments(names, rows)
         narrow = places is not None and self._narrows(len(places), len(text))
         if places is not None and narrow:
@@ -147,6 +145,16 @@ class CausalSystem(System):
             **arguments,
         ).last_hidden_state[0]
         return hidden if places is None or narrow else hidden[places]
+
+    def embed(self, rows: TextRows, batch: Batch) -> Tensor:
+        """(S, D): embedded rows, with video and what else the system makes in their places."""
+        video = self.encode_video(batch)
+        text = self.llm.get_input_embeddings()(rows.tokens)
+        if video is not None:
+            text = splice(text, video, rows.slots, rows.sources)
+        elif rows.slots.numel():
+            raise UserError(f"{', '.join(batch.keys)}: the text has places for video, but the batch has no features")
+        return self.fill(text, rows, batch)
 
     def _narrows(self, places: int, tokens: int) -> bool:
         """Whether a pass for so many places is worth a narrowed last block, whose mask is places x tokens."""

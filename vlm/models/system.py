@@ -10,7 +10,7 @@ The trainer calls the module itself, `system(batch)`; evaluation calls `system.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -37,10 +37,19 @@ class System(nn.Module):
     input_shape: tuple[int, int, int, int]
     """Shape of one clip: (C, T, H, W)."""
 
+    reads_text: bool = False
+    """Whether its losses are views of text (`Batch.views`), in which samples may lack a video or a view; else every
+    sample is a clip."""
+
     _frozen_hash: str | None = None
 
-    def forward(self, batch: Batch, scores: bool = False) -> Losses | Tensor:
-        """The losses of a batch, or with `scores` its class scores (see `predict`)."""
+    def forward(
+        self, batch: Batch, scores: bool = False, instead: Callable[[Batch], Any] | None = None
+    ) -> Losses | Tensor | Any:
+        """The losses of a batch, or with `scores` its class scores (see `predict`), or what `instead` makes of it
+        (vlm.models.generation)."""
+        if instead is not None:
+            return instead(batch)
         return self.scores(batch) if scores else self.losses(batch)
 
     def predict(self, batch: Batch) -> Tensor:

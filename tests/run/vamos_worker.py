@@ -20,6 +20,7 @@ from torch import nn
 
 from vlm.data.loader import MicroBatch, plan_step
 from vlm.data.packing import Row, pack
+from vlm.data.questions import QuestionConfig
 from vlm.distributed import join, leave, share_object
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.vamos import Vamos, llama_vqa
@@ -45,7 +46,7 @@ def recipe() -> Recipe:
     )
     return Recipe(
         model=model,
-        inputs=None,
+        inputs=QuestionConfig(num_frames=FRAMES, feature_dim=12),
         data=TrainData(shards="none"),
         optim=OptimConfig(lr=LR, betas=(0.9, 0.95), weight_decay=0.14),
         views=VIEWS,

@@ -20,6 +20,7 @@ from vlm.distributed import World, sum_over_ranks
 from vlm.models.system import System
 from vlm.recipe import OptimConfig, Recipe
 from vlm.run import zero_state
+from vlm.run.modalities import Modalities
 from vlm.run.optim import parameter_groups
 from vlm.types import COUNTERS, UserError
 
@@ -84,16 +85,20 @@ class Engine:
                 model=model, optimizer=optimizer, config=dict(config), dist_init_required=False
             )
         zero_state.forget_warm_up(self)
+        steps = config["gradient_accumulation_steps"]
+        self.modalities = Modalities(model, recipe.inputs, recipe.views, steps, world)
 
     def step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step over the global batch.
 
         The loss is averaged over the *global* batch: sums of all micro-batches of all ranks divided by their counts,
-        so it does not depend on how the batch was cut.
+        so it does not depend on how the batch was cut. Nor on which rank has which kind of sample, or none at all
+        (vlm.run.modalities).
 
         Raises:
             FloatingPointError: a loss or the gradient is not finite; nothing was stepped if it was a loss.
         """
+        micro_batches = self.modalities.complete(micro_batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         totals, counters = self._global_counts(micro_batches)
@@ -105,7 +110,7 @@ class Engine:
                 "inputs.max_length"
             )
         self.deepspeed.train()
-        for item in micro_batches:
+        for number, item in enumerate(micro_batches, 1):
             batch = item.batch.to(self.world.device)
             terms = self.deepspeed(batch)
             objective = torch.zeros((), device=self.world.device)
@@ -115,7 +120,7 @@ class Engine:
                 objective = objective + term.total.float() * (weight * self.world.size)
                 sums[name] += float(term.total.detach()) * item.weight
             self.deepspeed.backward(objective, scale_wrt_gas=False)
-            if item is micro_batches[-1]:
+            if number == len(micro_batches):
                 losses = self._reduce(sums, totals, micro_batches)
                 norm = self._plain_grad_norm()
             self.deepspeed.step()
@@ -129,7 +134,7 @@ class Engine:
 
     def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, float], dict[str, int]]:
         """Elements of each loss in the global batch, known before the first backward, so nothing is rescaled; and what
-        had to be cut of its rows of text."""
+        had to be cut of its rows of text. UserError if ranks are about to run different modules."""
         names = list(self.recipe.views)
         counts = dict.fromkeys(names, 0)
         cut = dict.fromkeys(COUNTERS, 0)
@@ -140,10 +145,12 @@ class Engine:
                 counts[name] += count * item.weight
             for name, count in item.batch.counters.items():
                 cut[name] += count * item.weight
-        summed = sum_over_ranks([*counts.values(), *cut.values()], self.world.device)
-        totals, counters = summed[: len(names)], summed[len(names) :]
-        told = {name: int(count) for name, count in zip(COUNTERS, counters)} if any(counters) else {}
-        return dict(zip(names, totals)), told
+        told, marks = [*counts.values(), *cut.values()], self.modalities.differing(micro_batches)
+        summed = sum_over_ranks([*told, *marks], self.world.device)
+        self.modalities.check(micro_batches, summed[len(told) :])
+        totals, counters = summed[: len(names)], summed[len(names) : len(told)]
+        lost = {name: int(count) for name, count in zip(COUNTERS, counters)} if any(counters) else {}
+        return dict(zip(names, totals)), lost
 
     def _reduce(
         self, sums: dict[str, float], totals: dict[str, float], micro_batches: Sequence[MicroBatch]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, device
@@ -81,7 +81,14 @@ class Video(NamedTuple):
     """The place in a prompt that video tokens take."""
 
 
-Segment = Text | Video
+class Control(NamedTuple):
+    """The begin or end token of the model, where a prompt has one between its texts (dialogues of LLaMA-2)."""
+
+    token: Literal["begin", "end"]
+    learn: bool = False
+
+
+Segment = Text | Video | Control
 Prompt = tuple[Segment, ...]
 
 IGNORE = -100  # label of a token that is not to be predicted; never an id, since 0 is a word of some tokenizers
@@ -151,9 +158,10 @@ class Incident(NamedTuple):
     position: int  # position in the endless training order at which it was met
 
 
-COUNTERS = ("rows_shortened", "tokens_dropped", "rows_too_long", "packs_too_long")
+COUNTERS = ("rows_shortened", "tokens_dropped", "rows_too_long", "packs_too_long", "rows_untaught")
 """What is counted of rows of text that do not fit: rows that lost tokens, the tokens, rows that stayed too long,
-micro-batches of packs whose rows are longer together than the packs may be (lengths are planned from the index)."""
+micro-batches of packs whose rows are longer together than the packs may be (lengths are planned from the index), rows
+that have nothing to be predicted left."""
 
 
 class Colours(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlm.data.tokenizers import Tokenizer
-from vlm.types import IGNORE, Prompt, Text, Tokens, Video
+from vlm.types import IGNORE, Control, Prompt, Text, Tokens, Video
 
 NEWLINE = Text("\n", apart=True)
 """The token of a line end alone. What follows must stand apart too."""
@@ -69,6 +69,9 @@ class PromptEncoder:
         for run in _runs(prompt):
             if isinstance(run, Video):
                 pieces.append(_Piece(ids=[0] * self.num_video_tokens, video=True))
+            elif isinstance(run, Control):
+                token = self.tokenizer.bos if run.token == "begin" else self.tokenizer.eos
+                pieces.append(_Piece(ids=[] if token is None else [token], learn=run.learn))
             elif run == [NEWLINE]:
                 pieces.append(_Piece(ids=[self.tokenizer.newline]))
             else:
@@ -104,14 +107,14 @@ def _same(first: Text, second: Text) -> bool:
     return not any(text.learn or text.shorten or text.mark for text in (first, second))
 
 
-def _runs(prompt: Prompt) -> Iterator[list[Text] | Video]:
-    """Texts that are encoded as one string, and the video between them."""
+def _runs(prompt: Prompt) -> Iterator[list[Text] | Video | Control]:
+    """Texts that are encoded as one string, and the video and control tokens between them."""
     run: list[Text] = []
     for segment in prompt:
-        if run and (isinstance(segment, Video) or segment.apart):
+        if run and (isinstance(segment, Video | Control) or segment.apart):
             yield run
             run = []
-        if isinstance(segment, Video):
+        if isinstance(segment, Video | Control):
             yield segment
         elif segment.text:
             run.append(segment)

@@ -12,6 +12,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +42,7 @@ class Tokenizer(Protocol):
         """Ids of a text, without begin and end."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
+        """Text of ids. Control tokens, and ids that only the model's embedding has, are nothing in it."""
 
     def tokens_before(self, text: str, end: int) -> int:
         """How many tokens of `encode(text)` hold only characters before `end`: the index of the first that does not."""
@@ -77,7 +78,7 @@ class ByteTokenizer:
         return [3 + byte for byte in text.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(token - 3 for token in ids if token >= 3).decode(errors="replace")
+        return bytes(token - 3 for token in ids if 3 <= token < self.vocab_size).decode(errors="replace")
 
     def tokens_before(self, text: str, end: int) -> int:
         return len(text[:end].encode())
@@ -112,7 +113,7 @@ class SentencePieceTokenizer:
         return self._model.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode(list(ids))
+        return self._model.decode([token for token in ids if token < self.vocab_size])
 
     def tokens_before(self, text: str, end: int) -> int:
         surfaces = [piece.surface for piece in self._model.encode(text, return_type="proto").pieces]
@@ -204,7 +205,8 @@ class HuggingFaceTokenizer(PieceByPiece):
         return self._encoded(text)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        known = [token for token in ids if token < self.vocab_size]
+        return self._model.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def tokens_before(self, text: str, end: int) -> int:
         if not self._model.is_fast:
@@ -225,6 +227,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = path / "tokenizer.model"
     first = _read(path).split(b"\n", 1)[0]
     return TiktokenTokenizer(path) if _is_rank(first) else SentencePieceTokenizer(path)
+
+
+@lru_cache(maxsize=4)
+def tokenizer_of(path: Path | None) -> Tokenizer:
+    """What a recipe's inputs read and write with, opened once a process; None: bytes, for debugging only."""
+    return ByteTokenizer() if path is None else load_tokenizer(path)
 
 
 def content_hash(path: str | Path) -> str:

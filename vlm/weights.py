@@ -12,8 +12,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,7 @@ __all__ = [
     "rename",
     "shapes",
     "state_hash",
+    "stream_safetensors",
     "tensor_hash",
     "write_safetensors",
 ]
@@ -264,20 +266,37 @@ def write_safetensors(
     Format: https://github.com/huggingface/safetensors#format. The library's own writer orders several metadata
     keys at random and copies all tensors first. UserError: a dtype that the format lacks.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps each tensor aligned
+    described = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_safetensors(path, described, tensors.__getitem__, metadata)
+
+
+def stream_safetensors(
+    path: str | Path,
+    described: Mapping[str, tuple[torch.dtype, Shape]],
+    load: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`write_safetensors` for tensors that are made when it is their turn: `load` is called once for each name.
+
+    Args:
+        described: name -> dtype and shape of what `load` will give.
+    """
+    # the largest elements first: each tensor stays aligned
+    order = sorted(described, key=lambda name: (-described[name][0].itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in _SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name} has dtype {tensor.dtype}, which safetensors cannot hold.")
-        end = offset + tensor.numel() * tensor.element_size()
-        kind = _SAFETENSORS_DTYPES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        dtype, shape = described[name]
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise UserError(f"{path}: {name} has dtype {dtype}, which safetensors cannot hold.")
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(_bytes(tensors[name]))
+            tensor = load(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == described[name], f"{name} is not as described"
+            file.write(_bytes(tensor))

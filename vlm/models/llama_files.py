@@ -138,7 +138,7 @@ def write_hf(path: Path, model: Model, *, constants: bool = True) -> None:
     dtype = model.tensors["model.embed_tokens.weight"].dtype
     config = model.source["config"] if from_hf else hf_config(model.llama, dtype)
     _write_text(path / "config.json", json.dumps(config, indent=2) + "\n")
-    parts = _shared_out(shapes, dtype.itemsize)
+    parts = shared_out({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()})
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(parts, 1):
@@ -154,17 +154,17 @@ def write_hf(path: Path, model: Model, *, constants: bool = True) -> None:
         _write_text(path / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _shared_out(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[str]]:
-    """Names in files of at most `HF_SHARD_BYTES`, in order; a larger tensor has a file of its own."""
+def shared_out(sizes: Mapping[str, int], limit: int | None = None) -> list[list[str]]:
+    """Names of tensors of such sizes (bytes) in files of at most `limit` (none: `HF_SHARD_BYTES`), in order; a larger
+    tensor has a file of its own."""
     parts: list[list[str]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        bytes_ = math.prod(shape) * itemsize
-        if parts[-1] and size + bytes_ > HF_SHARD_BYTES:
+    for name, count in sizes.items():
+        if parts[-1] and size + count > (limit or HF_SHARD_BYTES):
             parts.append([])
             size = 0
         parts[-1].append(name)
-        size += bytes_
+        size += count
     return parts
 
 

@@ -29,6 +29,7 @@ class Cost(NamedTuple):
     tokens: int
     trained_flops: float  # products with a trained weight, and of activations with activations; 2 a multiply-add
     frozen_flops: float  # products with a frozen weight
+    unlearned_flops: float = 0.0  # of parts through which no gradient goes: they have no backward pass
 
 
 class System(nn.Module):
@@ -110,6 +111,10 @@ class System(nn.Module):
         if any(p.is_meta for p in frozen.values()):
             return "no weights: built on the meta device"
         return state_hash(frozen)
+
+    def frozen_fits(self, stated: str) -> bool:
+        """Whether trained tensors of a checkpoint whose frozen weights had the hash `stated` mean the same here."""
+        return stated == self.frozen_hash()
 
     @property
     def num_layers(self) -> int | None:

@@ -38,7 +38,7 @@ def put(model: System, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any
     settings = f"\nSettings, the checkpoint's -> this recipe's: {', '.join(other)}" if other else ""
     if difference:
         raise UserError(f"{subject}: does not fit this recipe's model: {difference}{settings}")
-    if manifest["frozen_hash"] != model.frozen_hash():
+    if not model.frozen_fits(manifest["frozen_hash"]):
         raise UserError(
             f"{subject}: was trained on other frozen weights (hash {manifest['frozen_hash']}) than this recipe loads "
             f"({model.frozen_hash()}); give the same frozen base, or the result is noise{settings}"

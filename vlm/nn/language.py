@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from vlm.nn.attention import attention
@@ -149,14 +150,43 @@ class Prompts(NamedTuple):
 
     rows: Tensor  # (number of prompted blocks, A, D)
     gates: Mapping[int, Gates]  # number of a block in the model -> its gates, in the order of `rows`
-    after_video: Tensor | None  # (S,) bool: tokens that the bias acts on; None: no bias in this pass
-    in_video: Tensor | None  # (S,) bool: tokens that they see with it
+    after_video: Tensor | None  # (S,) bool, or (B, S) of a batch: tokens that the bias acts on; None: no bias
+    in_video: Tensor | None  # as `after_video`: tokens that they see with it
 
     def of(self, module: Any, dtype: torch.dtype) -> tuple[Tensor, Gates] | None:
         """Rows (A, D) and gates of an attention module; None: its block has no prompts."""
         if module.layer_idx not in self.gates:
             return None
         return self.rows[list(self.gates).index(module.layer_idx)].to(dtype), self.gates[module.layer_idx]
+
+    def in_batch(self, lengths: Sequence[int], side: str) -> Prompts:
+        """The same for packed rows that become those of a batch, filled up on the `side` "left" or "right"."""
+        if self.after_video is None or self.in_video is None:
+            return self
+        after, inside = (
+            pad_sequence(list(x.split(list(lengths))), batch_first=True, padding_side=side)
+            for x in (self.after_video, self.in_video)
+        )
+        return self._replace(after_video=after, in_video=inside)
+
+    def sides(self, query: Tensor, key: Tensor, wanted: Wanted | None) -> tuple[Tensor, Tensor]:
+        """`after_video` for the queries and `in_video` for the keys, (1 or B, 1, S, 1) and (…, K, 1) in q's dtype.
+
+        Of a batch, keys beyond the prompts are what was written since, after the video where there is one; beams are
+        rows that follow one another.
+        """
+        assert self.after_video is not None
+        assert self.in_video is not None
+        after, inside = self.after_video, self.in_video
+        if after.ndim == 1:
+            after, inside = (after if wanted is None else after[wanted.places])[None], inside[None]
+        else:
+            written, beams = key.shape[2] - after.shape[1], len(query) // len(after)
+            since = inside.any(dim=1, keepdim=True).expand(-1, written)
+            after = torch.cat([after, since], dim=1)[:, key.shape[2] - query.shape[2] :]
+            inside = functional.pad(inside, (0, written))
+            after, inside = (x.repeat_interleave(beams, dim=0) for x in (after, inside))
+        return tuple(x[:, None, :, None].to(query.dtype) for x in (after, inside))  # type: ignore[return-value]
 
 
 def causal_attention(
@@ -188,14 +218,12 @@ def causal_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     found = None if prompts is None else prompts.of(module, value.dtype)
     gate, bias = (None, None) if found is None else found[1](scale)
-    repeats = module.num_key_value_groups
+    repeats = getattr(module, "num_key_value_groups", 1)  # OPT has no groups
     wide, wide_key, wide_value = query, _repeat(key, repeats), _repeat(value, repeats)
     if bias is not None and prompts is not None and prompts.after_video is not None:
-        assert spans is not None, "the video bias is written for packed rows"
-        assert prompts.in_video is not None
-        after = prompts.after_video if wanted is None else prompts.after_video[wanted.places]
-        wide = _with_column(query, after.to(query.dtype)[:, None] * bias.to(query.dtype))
-        wide_key = _with_column(wide_key, prompts.in_video.to(query.dtype)[:, None].expand_as(wide_key[..., :1]))
+        after, inside = prompts.sides(query, key, wanted)
+        wide = _with_column(query, after * bias.to(query.dtype))
+        wide_key = _with_column(wide_key, inside)
         wide_value = functional.pad(wide_value, (0, _EXTRA))
     if wanted is not None:
         out = functional.scaled_dot_product_attention(
@@ -262,6 +290,13 @@ def _attend_batch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout:
 AttentionInterface.register(ATTENTION, causal_attention)
 # without this second line transformers passes no mask at all, and padding would be attended in silence
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of a LLaMA or an OPT, in order."""
+    body: Any = model.base_model
+    blocks = getattr(body, "layers", None)
+    return body.decoder.layers if blocks is None else blocks
 
 
 class ExactRotary(nn.Module):

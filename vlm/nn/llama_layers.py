@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
 
-from vlm.nn.language import ATTENTION, Wanted, causal_attention
+from vlm.nn.language import ATTENTION, Wanted, blocks_of, causal_attention
 
 
 def use_lean_layers(model: PreTrainedModel) -> None:
@@ -32,8 +32,7 @@ def use_lean_layers(model: PreTrainedModel) -> None:
 
 def can_narrow(model: PreTrainedModel) -> bool:
     """Whether the model's last block takes `wanted`."""
-    body: Any = model.base_model
-    return isinstance(body.layers[-1], LeanLayer)
+    return isinstance(blocks_of(model)[-1], LeanLayer)
 
 
 def last_block_savings(model: PreTrainedModel) -> int:

@@ -42,7 +42,7 @@ class Throughput:
         for item in micro_batches:
             cost = self._model.cost(item.batch)
             tokens += cost.tokens * item.weight
-            flops += 3 * cost.trained_flops + 2 * cost.frozen_flops
+            flops += 3 * cost.trained_flops + 2 * cost.frozen_flops + cost.unlearned_flops
         return {
             "tokens_per_s": tokens * self._world.size / seconds,
             "tflops": flops / seconds / 1e12,

@@ -1,0 +1,169 @@
+"""Writing: what a row becomes is what a step-by-step pass as in training gives, whatever stands beside it."""
+
+from __future__ import annotations
+
+import pytest
+import small_llama as small
+import torch
+from test_causal import Least
+from torch import Tensor
+
+from vlm.config import override
+from vlm.data.packing import Row, pack
+from vlm.models.causal import CausalSystem
+from vlm.models.generation import GenerationConfig, cut, generate
+from vlm.types import IGNORE, Batch, UserError
+
+END = 2
+NEW = 8
+KEYS = ("a", "b", "c", "d")
+SYSTEMS = ("llama", "vamos", "llama_vqa")
+CONFIGS = {
+    "greedy": GenerationConfig(max_new_tokens=NEW),
+    "repeating": GenerationConfig(max_new_tokens=NEW, repetition_penalty=1.7, min_new_tokens=3),
+    "beams": GenerationConfig(max_new_tokens=NEW, num_beams=3, length_penalty=0.7),
+    "sampling": GenerationConfig(max_new_tokens=NEW, sample=True, temperature=1.5, top_p=0.9),
+}
+
+
+def system(name: str) -> CausalSystem:
+    if name == "llama":
+        return Least().eval()
+    if name == "vamos":
+        return small.system().eval()
+    return small.system(temporal_embedding=True, video_bias=2.0).eval()
+
+
+ROWS = (
+    small.row(1, 6, 0, 0),
+    small.row(2, 19, 0, 1, start=9),
+    small.row(3, 5, 0, 1),  # it ends with its video
+    small.row(4, 11, 0, video=False),
+)
+
+
+def batch(rows: tuple[Row, ...] = ROWS) -> Batch:
+    return Batch(keys=("x", "y"), features=small.features(), prompts=pack(rows, small.FRAMES))
+
+
+def by_hand(model: CausalSystem, row: Row, count: int, ends: tuple[int, ...] = (END,)) -> list[int]:
+    """Greedy, the whole row anew for each token, through the pass that training makes."""
+    written: list[int] = []
+    while len(written) < count:
+        ids = (*row.ids, *written)
+        rows = pack([row._replace(ids=ids, labels=(IGNORE,) * len(ids))], small.FRAMES)
+        hidden = model.read(["answer"], [rows], Batch(keys=("x",), features=small.features()))
+        word = int(model.logits(hidden[-1:]).argmax())
+        if word in ends:
+            break
+        written.append(word)
+    return written
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_greedy_is_what_training_would_predict(name: str) -> None:
+    """The third system's bias acts on what is written after a video too."""
+    model = system(name)
+    with torch.no_grad():
+        want = [by_hand(model, row, NEW) for row in ROWS]
+    assert generate(model, batch(), CONFIGS["greedy"], ends=[[END]]) == want
+    assert len({tuple(text) for text in want}) > 1
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "llama_vqa"])
+def test_a_text_does_not_depend_on_its_neighbours(name: str, kind: str) -> None:
+    model, config = system(name), CONFIGS[kind]
+    ends = [[END], [40], [7, 7]]
+    together = generate(model, batch(), config, ends=ends, keys=KEYS, seed=3)
+    for number, row in enumerate(ROWS):
+        alone = generate(model, batch((row,)), config, ends=ends, keys=KEYS[number : number + 1], seed=3)
+        assert alone == together[number : number + 1]
+    back = generate(model, batch(ROWS[::-1]), config, ends=ends, keys=KEYS[::-1], seed=3)
+    assert back == together[::-1]
+
+
+def test_beams_find_likelier_texts_than_greedy() -> None:
+    model = system("llama")
+
+    def likelihood(texts: list[list[int]]) -> Tensor:
+        rows = [
+            Row((*row.ids, *text), (*[IGNORE] * len(row.ids), *text), row.video, row.sample)
+            for row, text in zip(ROWS, texts)
+        ]
+        views = {"caption": pack(rows, small.FRAMES)}
+        return -model.losses(Batch(keys=("x",), features=small.features(), views=views))["caption"].total
+
+    with torch.no_grad():
+        greedy, beams = (
+            likelihood(generate(model, batch(), GenerationConfig(max_new_tokens=8, num_beams=n), ends=[[0]]))
+            for n in (1, 6)
+        )
+    assert beams > greedy + 0.1
+
+
+def test_sampling_follows_probabilities_and_seed() -> None:
+    model, row = system("llama"), ROWS[0]
+    draws = 400
+    config = GenerationConfig(max_new_tokens=1, sample=True, temperature=0.5, top_p=0.8)
+
+    def words(seed: int) -> list[int]:
+        keys = [str(number) for number in range(draws)]
+        return [text[0] for text in generate(model, batch((row,) * draws), config, ends=[[0, 0]], keys=keys, seed=seed)]
+
+    with torch.no_grad():
+        rows = pack([row], small.FRAMES)
+        hidden = model.read(["answer"], [rows], Batch(keys=("x",), features=small.features()))
+        chances = (model.logits(hidden[-1:])[0] / 0.5).softmax(0)
+    likely, order = chances.sort(descending=True)
+    nucleus = order[: int((likely.cumsum(0) < 0.8).sum()) + 1]
+    drawn = words(0)
+    assert set(drawn) <= set(nucleus.tolist())
+    want = chances[nucleus] / chances[nucleus].sum()
+    got = torch.bincount(torch.tensor(drawn), minlength=small.WORDS)[nucleus] / draws
+    assert (got - want).abs().max() < 0.08
+    assert drawn == words(0) != words(1)
+
+
+def test_ends_and_least_length() -> None:
+    model = system("llama")
+    free = generate(model, batch(), CONFIGS["greedy"], ends=[[0]])
+    text = next(text for text in free if len(set(text[2:])) > 3)
+    number, end = free.index(text), text[4:6]
+    stopped = generate(model, batch(), CONFIGS["greedy"], ends=[[0], end])
+    assert stopped[number] == cut(text, [end]) != text
+    first = min(text[:3])
+    place = text.index(first)
+    longer = GenerationConfig(max_new_tokens=NEW, min_new_tokens=place + 1)
+    assert len(generate(model, batch(), longer, ends=[[first]])[number]) > place
+    assert len(generate(model, batch(), CONFIGS["greedy"], ends=[[first]])[number]) == place
+    assert cut([5, 6, 7, 8], [[7, 8], [9]]) == [5, 6]
+    assert cut([9, 5, 9], [[9]], at_least=1) == [9, 5]
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model = system("llama")
+    with pytest.raises(UserError, match="no prompts to go on from"):
+        generate(model, Batch(keys=("x",)), CONFIGS["greedy"], ends=[[END]])
+    with pytest.raises(UserError, match="places for video, but the batch has no features"):
+        generate(model, Batch(keys=("x",), prompts=pack(ROWS, small.FRAMES)), CONFIGS["greedy"], ends=[[END]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["temperature=0.5"], "temperature is 0.5; it must be 1 unless generation.sample is true"),
+        (["top_p=0.5"], "top_p is 0.5; it must be 1 unless generation.sample is true"),
+        (["sample=true", "num_beams=2"], "num_beams is 2; it must be 1 where generation.sample is true"),
+        (["length_penalty=2"], "length_penalty is 2.0; it must be 1 with one beam"),
+        (["rules=4.28", "sample=true"], "rules is 4.28; it must be hf where"),
+        (["prompt_pad=right"], "prompt_pad is right; it must be left unless generation.rules is 4.28"),
+        (["max_new_tokens=0"], "max_new_tokens is 0; it must be 1 or more"),
+        (["min_new_tokens=40"], "min_new_tokens is 40; it must be at most generation.max_new_tokens=32"),
+        (["sample=true", "top_p=0"], "top_p is 0.0; it must be above 0 and at most 1"),
+        (["rules=4.29"], "expected one of hf, 4.28"),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        override(GenerationConfig(), settings)

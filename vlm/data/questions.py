@@ -22,10 +22,10 @@ from vlm.data.features import MEMBER, cut_span, read_features, spread_frames
 from vlm.data.packing import pack, pack_trees, row_of, share_prefixes
 from vlm.data.passages import Picks, gather_passages, total_picks
 from vlm.data.prompts import PromptEncoder
+from vlm.data.question_lengths import Rows, question_lengths
 from vlm.data.rng import SampleRng
 from vlm.data.shards import ShardSet
-from vlm.data.stream import text_lengths
-from vlm.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from vlm.data.tokenizers import content_hash, tokenizer_of
 from vlm.data.video import DecodeError
 from vlm.data.views import VIEWS, Item, caption, find_caption, items, random_suffix, task, without_lead
 from vlm.types import IGNORE, Ask, Batch, Example, Passage, Prompt, Record, Row, UserError, Visit
@@ -33,7 +33,6 @@ from vlm.types import IGNORE, Ask, Batch, Example, Passage, Prompt, Record, Row,
 BLIND = "blind"
 PROBES = (BLIND,)
 """Conditions that should break a model that looks at the video: its features are zeroed."""
-_MEASURED = 32  # records whose rows are made to know how long rows become
 
 
 @dataclass(slots=True, kw_only=True)
@@ -122,27 +121,17 @@ class QuestionConfig:
         return None if self.share_questions else shards.num_questions
 
     def lengths(self, shards: ShardSet) -> np.ndarray:
-        """(samples,) tokens that each sample's row is expected to have.
-
-        From the index: the tokens or characters of each record's text, of which each of its questions has an equal
-        part, times the most tokens that a part of such length became in `_MEASURED` records, plus the prompt's own.
-        """
-        text = text_lengths(shards).astype(np.float64)
-        counts = np.asarray(shards.num_questions)
-        if not self.share_questions:
-            text = text / np.maximum(counts, 1)
-        prompt = len(self.blank().options[0][0].ids)
-        rate = 0.0
-        for row in np.unique(np.linspace(0, len(shards) - 1, _MEASURED).astype(int)):
-            rows = self._answer_rows(shards.read(int(row), ()))
-            if rows and self.share_questions:
-                rows, _ = share_prefixes(rows, learnt=False)
-                longest = sum(len(part.ids) for part in rows)
-            else:
-                longest = max((len(part.ids) for part in rows), default=0)
-            rate = max(rate, (longest - prompt) / text[row])
-        lengths = prompt + np.ceil(rate * text).astype(np.int64)
-        return lengths if self.share_questions else np.repeat(lengths, counts)
+        """(samples,) tokens that each sample's row is expected to have, from the index."""
+        about = Rows(
+            read=replace(self, max_length=1 << 30)._answer_rows,
+            prompt=len(self.blank().options[0][0].ids),
+            most=self.max_length,
+            shared=self.share_questions,
+            caption=self.caption,
+            dialogue=self.dialogue,
+            tokenizer=None if self.tokenizer is None else content_hash(self.tokenizer),
+        )
+        return question_lengths(shards, about)
 
     def _answer_rows(self, record: Record) -> list[Row]:
         """Each question's row, its right option chosen; none of a damaged record, which is told when it is loaded."""
@@ -248,7 +237,7 @@ class QuestionConfig:
     @property
     def vocab_size(self) -> int:
         """Words that the model must know."""
-        return _tokenizer(self.tokenizer).vocab_size
+        return tokenizer_of(self.tokenizer).vocab_size
 
     def _items(self, record: Record, test: bool = False) -> tuple[Item, ...]:
         """The record's questions with keys that are those of the order (vlm.data.stream.Samples), and captions."""
@@ -341,7 +330,7 @@ class QuestionConfig:
         chosen_for: tuple[int, ...] = ()
         if self.select_for != "caption":
             words = task(item, options=self.select_for == "question_options")
-            chosen_for = tuple(_tokenizer(self.tokenizer).encode(words))
+            chosen_for = tuple(tokenizer_of(self.tokenizer).encode(words))
         first, count = picks.add(Passage(row.ids[start:end], chosen_for))
         assert row.video[1] <= start, "the video stands after the caption"
         return row._replace(
@@ -379,11 +368,6 @@ def _moved(row: Row, first: int, first_pick: int) -> Row:
     return row._replace(sample=row.sample + first, first_pick=row.first_pick + first_pick if row.picks[1] else 0)
 
 
-@lru_cache(maxsize=4)
-def _tokenizer(path: Path | None) -> Tokenizer:
-    return ByteTokenizer() if path is None else load_tokenizer(path)
-
-
 @lru_cache(maxsize=8)
 def _encoder(path: Path | None, frames: int, length: int, overflow: Literal["shorten", "tail"]) -> PromptEncoder:
-    return PromptEncoder(tokenizer=_tokenizer(path), num_video_tokens=frames, max_length=length, overflow=overflow)
+    return PromptEncoder(tokenizer=tokenizer_of(path), num_video_tokens=frames, max_length=length, overflow=overflow)

@@ -25,6 +25,7 @@ from vlm.data.shard_format import (
     BLOCK,
     UNFINISHED,
     UNKNOWN,
+    counted_texts,
     encode_key,
     shard_name,
     text_length,
@@ -174,6 +175,10 @@ def _load(
     if settings.tokenizer is not None:
         encode = _tokenizer(settings.tokenizer).encode
         facts["tokens"] = sum(len(encode(text)) for text in texts(annotation))
+        facts["counted"] = {
+            name: [sum(len(encode(text)) for text in part) for part in parts]
+            for name, parts in counted_texts(annotation).items()
+        }
     if "questions" in annotation:
         facts["questions"] = len(annotation["questions"])
     members: dict[str, tuple[str, bytes]] = {}

@@ -27,6 +27,7 @@ INDEX = "index.npy"
 UNFINISHED = ".unfinished"  # folder of what only a running or killed writer needs
 BLOCK = 512  # tar's unit
 MAX_KEY_BYTES = 240
+MOST_PARTS = 4096  # of one kind of text in a record; where one has more, that kind is not counted by parts
 DECODER_BITS = {"decord": 1, "pyav": 2}  # best first
 UNKNOWN = -1  # num_frames of a record that was not decoded
 
@@ -63,13 +64,20 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def index_dtype(key_bytes: int, members: Sequence[str], questions: bool = False, tokens: bool = False) -> np.dtype:
+def index_dtype(
+    key_bytes: int,
+    members: Sequence[str],
+    questions: bool = False,
+    tokens: bool = False,
+    counted: Mapping[str, int] | None = None,
+) -> np.dtype:
     """One packed row a record. Offsets are bytes from the start of the tar; a member that is absent has -1, 0.
 
     `questions`: records hold several questions, and a column counts them. `tokens`: a column counts the tokens of
-    their annotation text.
+    their annotation text, and `counted` names further ones that count those of one kind of text (`counted_texts`):
+    name -> most parts that a record has of it; the parts that a record lacks have 0.
     """
-    columns: list[tuple[str, str]] = [
+    columns: list[tuple[Any, ...]] = [
         ("key", f"S{key_bytes}"),  # as encode_key writes it
         ("shard", "<i4"),
         ("offset", "<i8"),  # of the record's first tar header
@@ -86,6 +94,7 @@ def index_dtype(key_bytes: int, members: Sequence[str], questions: bool = False,
         columns.append(("questions", "<i4"))
     if tokens:
         columns.append(("tokens", "<i4"))
+    columns += [(f"tokens.{name}", "<i4", (parts,)) for name, parts in sorted((counted or {}).items())]
     for member in members:
         columns += [(f"{member}_offset", "<i8"), (f"{member}_nbytes", "<i8")]
     return np.dtype(columns)
@@ -101,6 +110,42 @@ def texts(annotation: Any) -> Iterator[str]:
     elif isinstance(annotation, Sequence):
         for value in annotation:
             yield from texts(value)
+
+
+def counted_texts(annotation: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """What a language model may read of an annotation: name of the text -> its parts -> the texts of each part.
+
+    `caption` and `captions.NAME` are one part each; `questions` (question and options) and `dialogues` have one a
+    question, `conversations` one a turn, `boundaries` three a boundary.
+    """
+    found = {f"captions.{name}": [[text]] for name, text in _object(annotation.get("captions")).items()}
+    if "caption" in annotation:
+        found["caption"] = [[annotation["caption"]]]
+    questions = _objects(annotation.get("questions"))
+    if questions:
+        found["questions"] = [[row.get("question"), *_list(row.get("options"))] for row in questions]
+    if any("dialogue" in row for row in questions):
+        found["dialogues"] = [[row.get("dialogue", "")] for row in questions]
+    turns = _objects(annotation.get("conversations"))
+    if turns:
+        found["conversations"] = [[turn.get("value")] for turn in turns]
+    boundaries = _objects(annotation.get("boundaries"))
+    if boundaries:
+        kinds = ("subject", "status_before", "status_after")
+        found["boundaries"] = [[boundary.get(kind, "")] for boundary in boundaries for kind in kinds]
+    return {name: [[text for text in part if isinstance(text, str)] for part in parts] for name, parts in found.items()}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    return [_object(row) for row in _list(value)]
 
 
 def text_length(annotation: Any) -> int:

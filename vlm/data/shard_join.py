@@ -32,6 +32,7 @@ def join(out: Path, plan: Plan) -> dict[str, Any]:
     key_bytes, records, seconds = 1, 0, 0.0
     sums: Counter[str] = Counter()
     others: set[str] = set()
+    counted: dict[str, int] = {}
     for number in range(len(plan.cuts)):
         side = json.loads(sidecar(out, number).read_bytes())
         rejected += side["rejected"]
@@ -41,9 +42,12 @@ def join(out: Path, plan: Plan) -> dict[str, Any]:
         key_bytes = max([key_bytes, *(len(row["key"]) for row in side["records"])])
         for row in side["records"]:
             sums.update({name: int(row.get(name, 0)) for name in ("questions", "tokens", "outside")})
+            for name, parts in row.get("counted", {}).items():
+                counted[name] = max(counted.get(name, 1), len(parts))
         others.update(member for row in side["records"] for member in row["members"])
         shards.append({"name": layout.shard_name(number), "records": len(side["records"]), "bytes": side["bytes"],
                        "sha256": side["sha256"]})  # fmt: skip
+    counted = {name: parts for name, parts in counted.items() if parts <= layout.MOST_PARTS}
     if not records:
         for shard in shards:
             (out / shard["name"]).unlink(missing_ok=True)
@@ -52,7 +56,7 @@ def join(out: Path, plan: Plan) -> dict[str, Any]:
     rejected.sort(key=lambda row: row["at"])
     members = ["video", *sorted(others - {"video", "json"}), "json"]
     counts_tokens = "tokenizer" in plan.arguments
-    dtype = layout.index_dtype(key_bytes, members, sums["questions"] > 0, counts_tokens)
+    dtype = layout.index_dtype(key_bytes, members, sums["questions"] > 0, counts_tokens, counted)
     counts = {"listed": plan.listed, "records": records, "rejected": len(rejected), "warnings": len(warnings)}
     counts |= {"questions": sums["questions"]} if sums["questions"] else {}
     counts |= {"tokens": sums["tokens"]} if counts_tokens else {}
@@ -66,8 +70,9 @@ def join(out: Path, plan: Plan) -> dict[str, Any]:
         "hours": round(seconds / 3600, 6) if plan.arguments["check"] else None,
         "bytes": sum(shard["bytes"] for shard in shards),
         "members": members,
+        **({"counted": counted} if counted else {}),
         "shards": shards,
-        "index": _write_index(out, records, len(plan.cuts), dtype, members),
+        "index": _write_index(out, records, len(plan.cuts), dtype, members, counted),
         "rejected": [{name: row[name] for name in ("key", "file", "reason")} for row in rejected],
         "warnings": [{name: row[name] for name in ("key", "file", "warning")} for row in warnings],
         "arguments": plan.arguments,
@@ -88,7 +93,9 @@ def refuse_empty(plan: Plan, kept: int, rejected: Sequence[Mapping[str, Any]]) -
         raise UserError(f"all {plan.listed} items are rejected, no shard set is written. Most frequent: {listed}")
 
 
-def _write_index(out: Path, records: int, shards: int, dtype: np.dtype, members: Sequence[str]) -> dict[str, Any]:
+def _write_index(
+    out: Path, records: int, shards: int, dtype: np.dtype, members: Sequence[str], counted: Mapping[str, int]
+) -> dict[str, Any]:
     """Write index.npy shard by shard. Returns its {name, bytes, sha256}."""
     temporary = out / layout.UNFINISHED / unfinished_name(layout.INDEX)
     index = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=(records,))
@@ -97,11 +104,12 @@ def _write_index(out: Path, records: int, shards: int, dtype: np.dtype, members:
     for number in range(shards):
         for record in json.loads(sidecar(out, number).read_bytes())["records"]:
             places = [place for member in members for place in record["members"].get(member, (-1, 0))]
+            parts = [_padded(record.get("counted", {}).get(name, []), counted[name]) for name in sorted(counted)]
             decoders = sum(layout.DECODER_BITS[name] for name in record["decoders"])
             index[row] = (record["key"].encode(), number, record["offset"], record["nbytes"], record["num_frames"],
                           record.get("fps", 0.0), record.get("duration", 0.0), record.get("width", 0),
                           record.get("height", 0), record["text_length"], decoders,
-                          *(record.get(name, 0) for name in optional), *places)  # fmt: skip
+                          *(record.get(name, 0) for name in optional), *parts, *places)  # fmt: skip
             row += 1
     index.flush()
     del index
@@ -112,6 +120,10 @@ def _write_index(out: Path, records: int, shards: int, dtype: np.dtype, members:
     temporary.replace(out / layout.INDEX)
     sync(out)
     return {"name": layout.INDEX, "bytes": size, "sha256": digest}
+
+
+def _padded(counts: Sequence[int], parts: int) -> list[int]:
+    return [*counts, *[0] * (parts - len(counts))]
 
 
 def _version(package: str) -> str | None:

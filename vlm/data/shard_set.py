@@ -61,6 +61,7 @@ class ShardSet:
         self.members: tuple[str, ...] = tuple(manifest["members"])
         self._counts_questions = "questions" in manifest["counts"]
         self._counts_tokens = "tokens" in manifest["counts"]
+        self._counted: dict[str, int] = manifest.get("counted", {})
         hashes = ",".join(shard["sha256"] for shard in manifest["shards"])
         self.fingerprint = hashlib.sha256(f"{layout.FORMAT}/{layout.VERSION}:{hashes}".encode()).hexdigest()
         self._index_entry: dict[str, Any] = manifest["index"]
@@ -80,14 +81,16 @@ class ShardSet:
             raise UserError(f"{where} cannot be opened ({error}); {MEND}") from error
         found = self.index.dtype
         key_bytes = found["key"].itemsize if "key" in (found.names or ()) else 0
-        expected = layout.index_dtype(max(1, key_bytes), self.members, self._counts_questions, self._counts_tokens)
+        expected = layout.index_dtype(
+            max(1, key_bytes), self.members, self._counts_questions, self._counts_tokens, self._counted
+        )
         if found != expected or self.index.ndim != 1:
             raise UserError(f"{where} has columns {found}, not {expected}; {MEND}")
         return path
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("path", "members", "fingerprint", "_files", "_sizes", "_index_entry", "_counts_questions",
-                "_counts_tokens")  # fmt: skip
+                "_counts_tokens", "_counted")  # fmt: skip
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,6 +132,19 @@ class ShardSet:
         Which tokenizer counted them, and its hash, is the manifest's `tokenizer`.
         """
         return self.index["tokens"] if self._counts_tokens else None
+
+    def counted(self, name: str) -> np.ndarray | None:
+        """(rows, parts) int32, mapped: tokens of each part of one kind of text (`shard_format.counted_texts`).
+
+        Parts that a record has not are 0. None where no record has such a text, or none were counted (--tokenizer).
+        """
+        return self.index[f"tokens.{name}"] if name in self._counted else None
+
+    @property
+    def tokenizer_hash(self) -> str | None:
+        """sha256 (vlm.data.tokenizers.content_hash) of the tokenizer that counted tokens; None: none were counted."""
+        about = self.manifest["arguments"].get("tokenizer")
+        return about["sha256"] if isinstance(about, dict) and isinstance(about.get("sha256"), str) else None
 
     @property
     def shard_names(self) -> tuple[str, ...]:
@@ -319,6 +335,11 @@ def _manifest_flaw(manifest: Mapping[str, Any]) -> str:
         return "`counts` has no numbers `listed` and `records`"
     if not isinstance(members, list) or not all(isinstance(name, str) for name in members):
         return "`members` is not a list of names"
+    counted = manifest.get("counted", {})
+    if not isinstance(counted, dict) or not all(
+        _is_count(parts) and 0 < parts <= layout.MOST_PARTS for parts in counted.values()
+    ):
+        return "`counted` is not an object of names and numbers"
     if "json" not in members or len(set(members)) < len(members):
         return "`members` has no 'json', or a name twice"
     return ""

@@ -212,8 +212,8 @@ def _prepare(shards: ShardSet, seed: int, parted: Parted | None, pack_length: in
 
 
 def text_lengths(shards: ShardSet) -> np.ndarray:
-    """(records,) tokens of each record's text: as counted when the shards were made (--tokenizer), else a quarter of
-    its characters, rounded up; at least 1."""
+    """(records,) tokens of all text of each record, whatever a recipe reads of it: as counted when the shards were made
+    (--tokenizer), else a quarter of its characters, rounded up; at least 1."""
     return np.maximum(1, -(-shards.text_length // 4) if shards.tokens is None else shards.tokens)
 
 

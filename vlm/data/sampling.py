@@ -1,15 +1,21 @@
 """Which frames of a clip are read: pure functions from a frame count (and a generator) to frame indices.
 
-Three families, as in VideoMAE (arXiv 2203.12602, §4 and its released recipes):
+Three families of clips of a fixed length, as in VideoMAE (arXiv 2203.12602, §4 and its released recipes):
 segments   the clip is cut into S equal segments and one frame is taken from each (TSN, arXiv 1608.00859); SSv2
 dense      `clip_length` frames spread over a window of `clip_length * stride` frames; Kinetics
 strided    `clip_length` frames exactly `stride` apart from a random start; masked pretraining
+
+and two that give fewer frames where the video has fewer (ALPRO, arXiv 2112.09583; Video-LLaMA, arXiv 2306.02858):
+headtail   so many frames of the first half, drawn, and so many of the second
+uniform    evenly spread
 
 Every function returns an int64 array; N is the number of frames of the video, S the number of segments. The offsets of
 the seeded originals come from numpy's legacy generator, so `generator` is a `numpy.random.RandomState`.
 """
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 from numpy.random import RandomState
@@ -108,6 +114,27 @@ def strided_frames(num_frames: int, clip_length: int, stride: int, generator: Ra
         start = int(generator.randint(num_starts))
     steps = np.arange(clip_length, dtype=np.int64)
     return start + stride * np.minimum(steps, max(0, (num_frames - 2 - start) // stride))
+
+
+def headtail_frames(num_frames: int, count: int, generator: random.Random) -> np.ndarray:
+    """min(count, N) frames in order: half of them drawn without replacement from each half of the video, of an odd
+    number one more from the second.
+
+    The original draws as many from the second half as from the first, and then refuses the odd clip.
+    """
+    _check(num_frames, count)
+    count = min(count, num_frames)
+    middle = num_frames // 2
+    head = sorted(generator.sample(range(middle), count // 2))
+    tail = sorted(generator.sample(range(middle, num_frames), count - count // 2))
+    return np.array(head + tail, dtype=np.int64)
+
+
+def uniform_frames(num_frames: int, count: int) -> np.ndarray:
+    """min(count, N) frames: the first of each of so many equal parts."""
+    _check(num_frames, count)
+    count = min(count, num_frames)
+    return np.arange(0, num_frames, num_frames / count).astype(np.int64)[:count]
 
 
 def _check(num_frames: int, clip_length: int, stride: int = 1) -> None:

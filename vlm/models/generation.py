@@ -57,7 +57,7 @@ def generate(
     Args:
         ends: token sequences that end a text: the end token, and what else the inputs end texts with ("###").
         pad: id that fills up shorter rows; hidden from attention, so it matters with config.prompt_pad=right alone.
-            None: the first token of the first end.
+            None: OPT's own, or that of LLaMA's unknown word.
         seed: with `keys` decides what is sampled.
         keys: a name for each row; needed where config.sample is set.
     Raises:
@@ -74,7 +74,7 @@ def generate(
     assert keys is None or len(keys) == len(rows.lengths), f"{len(keys)} keys for {len(rows.lengths)} rows"
     assert keys is not None or not config.sample, "sampling needs a key for each row"
     check_positions(system.llm, max(rows.lengths) + config.max_new_tokens)
-    pad = ends[0][0] if pad is None else pad
+    pad = int(system.llm.config.model_type == "opt") if pad is None else pad
 
     def write(batch: Batch) -> list[list[int]]:
         assert batch.prompts is not None

@@ -36,9 +36,9 @@ from typing import Any
 from vlm.data.loader import MicroBatch
 from vlm.data.packing import pack
 from vlm.data.rng import SampleRng
-from vlm.distributed import World, gather_objects, sum_over_ranks
+from vlm.distributed import World, gather_objects
 from vlm.models.system import System
-from vlm.types import IGNORE, Batch, Row, TextRows, UserError
+from vlm.types import IGNORE, Batch, Row, UserError
 
 VIDEO = ("video", "features", "frames", "frame_tokens")
 """Fields of a batch, one of which a batch with video has."""
@@ -102,11 +102,9 @@ class Modalities:
 
     def _whole(self, batch: Batch) -> Batch:
         batch = self.blank.complete(batch)
-        if set(self.views) <= set(batch.views):
-            return batch
         # in the order of the recipe: losses with modules of their own must run in one order too
-        own = {name: batch.views.get(name, self._nothing) for name in self.views}
-        return replace(batch, views={**own, **_others(batch.views, own)})
+        views = {name: batch.views.get(name, self._nothing) for name in self.views}
+        return replace(batch, views={**views, **batch.views})  # the engine refuses by name what the recipe has not
 
     # ------------------------------------------------------------------------------------------ what no blank can mend
 
@@ -121,22 +119,17 @@ class Modalities:
         Marks are equal where their variance is 0; whole numbers of 20 bits, so exact for thousands of ranks.
         """
         size, steps = self.world.size, len(micro_batches)
-        wrong = [n for n in range(steps) if summed[n] * summed[n] != size * summed[steps + n]]
+        wrong = [n for n in range(steps) if int(summed[n]) ** 2 != size * int(summed[steps + n])]
         if not wrong:
             return
         batch = micro_batches[wrong[0]].batch
         told = gather_objects(f"{_kind(batch)} ({', '.join(batch.keys[:3]) or 'no sample'})")
         listed = "; ".join(f"rank {rank}: {kind}" for rank, kind in enumerate(told or []))
         raise UserError(
-            f"in micro-batch {wrong[0] + 1} of this step ranks would run different modules, and wait for each other for "
-            f"ever: {listed or 'rank 0 lists them'}. Mend: let blank() of the recipe's inputs "
+            f"in micro-batch {wrong[0] + 1} of this step ranks would run different modules, and wait for each other "
+            f"for ever: {listed or 'rank 0 lists them'}. Mend: let blank() of the recipe's inputs "
             f"({type(self.blank.inputs).__name__}) give everything that a sample can have"
         )
-
-
-def _others(views: Mapping[str, TextRows], own: Mapping[str, TextRows]) -> dict[str, TextRows]:
-    """Views that the recipe gives no weight: the engine refuses them by name."""
-    return {name: rows for name, rows in views.items() if name not in own}
 
 
 def _kind(batch: Batch) -> str:

@@ -10,8 +10,6 @@ import torch
 from torch.nn import functional
 
 from vlm.data import transforms
-from vlm.data.randaugment import apply_operations, parse_randaugment
-from vlm.data.rng import SampleRng
 from vlm.data.transforms import Box
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -153,16 +151,6 @@ def test_resize_of_the_right_size_is_no_work() -> None:
     video = torch.rand(3, 2, 16, 16)
     assert transforms.resize_video(video, 16) is video
     assert transforms.resize_video(video, 8).shape == (3, 2, 8, 8)
-
-
-def test_operations_after_the_crop_give_the_same_pixels(frames: np.ndarray) -> None:
-    policy = parse_randaugment("rand-m7-n4-mstd0.5-inc1")
-    rng = SampleRng(1)
-    box = Box(3, 5, 20, 25)
-    for _ in range(60):
-        steps = policy.draw(rng)
-        whole = transforms.crop(apply_operations(frames, steps), box)
-        np.testing.assert_array_equal(transforms.augment_and_crop(frames, steps, box), whole)
 
 
 def test_erasing_touches_the_box_alone() -> None:

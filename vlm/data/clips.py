@@ -19,6 +19,7 @@ from torch import Tensor
 from vlm.data import sampling
 from vlm.data import transforms as tf
 from vlm.data.collate import stack
+from vlm.data.frame_operations import apply_operations
 from vlm.data.masks import num_hidden, tube_mask
 from vlm.data.mixup import mix_batch, soft_targets
 from vlm.data.randaugment import parse_randaugment
@@ -179,7 +180,7 @@ class ClipConfig:
         """Frames (T, H, W, 3) uint8 -> one random training clip (3, T, size, size), normalised."""
         steps = parse_randaugment(self.randaugment).draw(rng) if self.randaugment else []
         box = tf.draw_resized_crop(*tf.frame_size(frames), self.crop_scale, self.crop_ratio, rng.python)
-        video = tf.resize_video(tf.to_video(tf.augment_and_crop(frames, steps, box)), self.size)
+        video = tf.resize_video(tf.to_video(apply_operations(frames, steps, box)), self.size)
         video = tf.normalize(video, self.mean, self.std)
         if self.flip and rng.numpy.uniform() < 0.5:
             video = video.flip(-1)

@@ -1,7 +1,7 @@
-"""RandAugment (arXiv 1909.13719) on the frames of a clip: the policy, its draws, and its operations.
+"""RandAugment (arXiv 1909.13719): the policy, its draws, and its operations on one image, which are Pillow's.
 
-Frames are numpy uint8 (T, H, W, 3); all frames of a clip get the same operations with the same arguments. Operations,
-arguments and the order of the draws are those of timm's "increasing" set, which VideoMAE and ViT-LLaMA train with.
+All frames of a clip get the same operations with the same arguments (frame_operations.py). Operations, arguments and
+the order of the draws are those of timm's "increasing" set, which VideoMAE and ViT-LLaMA train with.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from vlm.data.rng import SampleRng
@@ -36,13 +34,10 @@ OPERATIONS = (
 )
 """The operations of `rand-…-inc1`, in the order in which the original numbers them for its draws."""
 
-POINT_OPERATIONS = frozenset({"Invert", "Posterize", "Solarize", "SolarizeAdd", "Color", "Brightness"})
-"""Those whose result at a pixel depends on that pixel alone: cropping before or after them is the same."""
-
 WARPS = frozenset({"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"})
-"""Those that move pixels: by far the dearest, so at the end only the part that will be used is made."""
+"""Those that move pixels."""
 
-FILL = (128, 128, 128)
+FILL = (128,) * 3
 """Colour of the pixels that a rotation, shear or translation uncovers."""
 
 APPLY_PROBABILITY = 0.5
@@ -152,32 +147,18 @@ def apply_operation(image: Image.Image, step: Step) -> Image.Image:
             enhancer: ImageEnhance._Enhance = getattr(ImageEnhance, step.operation)(image)
             return enhancer.enhance(argument)
         case "ShearX" | "ShearY" | "TranslateXRel" | "TranslateYRel":
-            return warp(image, step, (0, 0, image.height, image.width))
+            bicubic = Image.Resampling.BICUBIC
+            return image.transform(
+                image.size, Image.Transform.AFFINE, matrix(image.size, step), bicubic, fillcolor=FILL
+            )
     raise AssertionError(step.operation)
 
 
-def warp(image: Image.Image, step: Step, box: tuple[int, int, int, int]) -> Image.Image:
-    """The box (top, left, height, width) of an image after one of `WARPS`, to the bit as if cut from all of it.
+def matrix(size: tuple[int, int], step: Step) -> tuple[float, float, float, float, float, float]:
+    """The numbers a to f of one of `WARPS` of an image of this (width, height).
 
-    Pillow samples the image at a x + b y + c, d x + e y + f for the pixel whose centre is at x, y. What is right of the
-    box and below it is not made; nor is what lies above or left of it where leaving it out changes no rounding.
+    The pixel with its centre at x, y comes from a x + b y + c, d x + e y + f.
     """
-    top, left, height, width = box
-    a, b, c, d, e, f = _matrix(image.size, step)
-    above = top if b == 0 and (d, e, f) == (0, 1, 0) else 0
-    beside = left if d == 0 and (a, b, c) == (1, 0, 0) else 0
-    made = image.transform(
-        (left + width - beside, top + height - above),
-        Image.Transform.AFFINE,
-        (a, b, c + beside, d, e, f + above),
-        resample=Image.Resampling.BICUBIC,
-        fillcolor=FILL,
-    )
-    return made.crop((left - beside, top - above, made.width, made.height)) if (left, top) != (beside, above) else made
-
-
-def _matrix(size: tuple[int, int], step: Step) -> tuple[float, float, float, float, float, float]:
-    """The numbers a to f of a warp of an image of this (width, height)."""
     assert step.argument is not None
     match step.operation:
         case "ShearX":
@@ -194,34 +175,3 @@ def _matrix(size: tuple[int, int], step: Step) -> tuple[float, float, float, flo
     minus_sine = round(-math.sin(angle), 15)
     x, y = size[0] / 2, size[1] / 2
     return cosine, sine, cosine * -x + sine * -y + x, minus_sine, cosine, minus_sine * -x + cosine * -y + y
-
-
-def apply_operations(
-    frames: np.ndarray, steps: Sequence[Step], box: tuple[int, int, int, int] | None = None
-) -> np.ndarray:
-    """Frames (T, H, W, 3) uint8 after all steps, or this box (top, left, height, width) of them.
-
-    Without steps it is the same array, or a view of it.
-    """
-    top, left, height, width = box or (0, 0, *frames.shape[1:3])
-    whole = len(steps)  # so many steps need, or make, more than the box
-    while box and whole > 0 and steps[whole - 1].operation in POINT_OPERATIONS:
-        whole -= 1
-    if box and whole == 0:
-        frames = frames[:, top : top + height, left : left + width]
-    if not steps:
-        return frames
-    warped = steps[whole - 1] if box and whole and steps[whole - 1].operation in WARPS else None
-    augmented = np.empty((len(frames), height, width, 3), dtype=np.uint8)
-    for frame, place in zip(np.ascontiguousarray(frames), augmented, strict=True):
-        image = Image.fromarray(frame)
-        for step in steps[: whole - 1 if warped else whole]:
-            image = apply_operation(image, step)
-        if warped:
-            image = warp(image, warped, (top, left, height, width))
-        elif whole and box:
-            image = image.crop((left, top, left + width, top + height))
-        for step in steps[whole:]:
-            image = apply_operation(image, step)
-        place[:] = np.asarray(image)
-    return augmented

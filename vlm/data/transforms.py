@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,17 +20,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from vlm.data.randaugment import Step, apply_operations
-
-
-class Box(NamedTuple):
-    """A rectangle in pixels: rows top … top + height - 1, columns left … left + width - 1."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
+from vlm.data.box import Box
 
 # ---------------------------------------------------------------------------------------------------- boxes, drawn
 
@@ -145,12 +134,7 @@ def spatial_boxes(height: int, width: int, size: int, num_crops: int) -> list[Bo
 
 def crop(frames: np.ndarray, box: Box) -> np.ndarray:
     """The box of all frames, (T, box.height, box.width, 3), a view."""
-    return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
-
-
-def augment_and_crop(frames: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarray:
-    """The box of the augmented frames; what only the rest would need is not made where that is the same."""
-    return apply_operations(frames, steps, box)
+    return frames[:, box.rows, box.columns]
 
 
 def resize_bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -224,7 +208,7 @@ def to_video(frames: np.ndarray) -> Tensor:
 
 def crop_video(video: Tensor, box: Box) -> Tensor:
     """The box of a video (…, H, W), a view."""
-    return video[..., box.top : box.top + box.height, box.left : box.left + box.width]
+    return video[..., box.rows, box.columns]
 
 
 def resize_video(video: Tensor, size: int) -> Tensor:

@@ -185,7 +185,7 @@ def prompts(pair: Merge, target: Path) -> list[str]:
     return [
         f"{pair.delta.words} words with [PAD]: Vicuna v0. It expects ###Human: … ###Assistant: … and ends with ###, as "
         "Video-LLaMA's and MiniGPT-4's released weights and the video_llama recipes do.",
-        f"In a recipe: model.llm.path={target} model.llm.vocab_size={pair.delta.words}",
+        f"In a recipe: model.llama.path={target} model.llama.vocab_size={pair.delta.words}",
     ]
 
 

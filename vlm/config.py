@@ -14,7 +14,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,6 +159,18 @@ def to_dict(config: Any) -> Any:
     if config is None or isinstance(config, (bool, int, float, str)):
         return config
     raise TypeError(f"{config!r} ({type(config)}) cannot stand in a config")
+
+
+def from_dict(cls: Any, settings: Mapping[str, Any]) -> Any:
+    """A config dataclass from what `to_dict` made of one, groups of settings included. TypeError, ValueError: of
+    another version, or refused by the class."""
+    hints = _hints(cls)
+    values = dict(settings)
+    for name, value in values.items():
+        options = [o for o in (hints.get(name), *typing.get_args(hints.get(name))) if dataclasses.is_dataclass(o)]
+        if isinstance(value, Mapping) and options:
+            values[name] = from_dict(options[0], value)
+    return cls(**values)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

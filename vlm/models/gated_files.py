@@ -10,16 +10,16 @@ import argparse
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from vlm.config import to_dict
+from vlm.config import from_dict, to_dict
 from vlm.data.packing import pack
 from vlm.models.formats import Model, read_pth
 from vlm.models.gated_sizes import expected_shapes, sizes_of
@@ -214,22 +214,11 @@ def _llama_loaders(config: VamosConfig) -> dict[str, Loader]:
 def stored_config(settings: Mapping[str, Any], subject: str) -> VamosConfig:
     """The config that a checkpoint of ours holds. UserError: of another version."""
     try:
-        return _built(VamosConfig, {**settings, "init_from": None})
+        return from_dict(VamosConfig, {**settings, "init_from": None})
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"{subject}: its own settings cannot be read ({error}). Mend: name its recipe (--recipe)."
         ) from error
-
-
-def _built(cls: Any, settings: Mapping[str, Any]) -> Any:
-    """A config dataclass from `vlm.config.to_dict` of one, groups of settings included."""
-    hints = get_type_hints(cls)
-    values = dict(settings)
-    for name, value in values.items():
-        options = [option for option in (hints[name], *get_args(hints[name])) if is_dataclass(option)]
-        if isinstance(value, Mapping) and options:
-            values[name] = _built(options[0], value)
-    return cls(**values)
 
 
 def derived_config(model: Model, llama: LlamaBaseConfig, subject: str) -> VamosConfig:

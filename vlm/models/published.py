@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm.models import video_llama_names as seeing
 from vlm.types import UserError
 from vlm.weights import META_LAYER_TABLE, Table, rename
 
 PRETRAIN, FINETUNE, VIT_LLAMA = "pretrain", "finetune", "vit_llama"
 VAMOS, LLAMA_VQA, LLAMA = "vamos", "llama_vqa", "llama"
+VIDEO_LLAMA, LLMVA, TOWER, PROJECTION = "video_llama", "llmva", "tower", "projection"
 KIND_TITLES = {
     PRETRAIN: "VideoMAE masked pretraining (encoder and decoder)",
     FINETUNE: "ViT video classifier",
@@ -29,10 +31,17 @@ KIND_TITLES = {
     VAMOS: "Vamos: prompts and gates for a frozen LLaMA",
     LLAMA_VQA: "LLaMA-VQA or ViCo: prompts, gates and video bias for a frozen LLaMA",
     LLAMA: "whole LLaMA",
+    VIDEO_LLAMA: "Video-LLaMA: video Q-Former and projection for a frozen LLaMA",
+    LLMVA: "LLMVA-GEBC: Q-Formers of frames and other features for a frozen OPT or LLaMA",
+    TOWER: "frozen EVA ViT-g and BLIP-2 Q-Former (or one of them)",
+    PROJECTION: "projection of Q-Former tokens to a LLaMA's width (MiniGPT-4)",
 }
 GATED = (VAMOS, LLAMA_VQA)  # kinds that are the trained part alone; the LLaMA under them is never in their files
+BRANCHES = (VIDEO_LLAMA, LLMVA)  # trained part for a frozen language model, which whole files have besides
+SEEING = (*BRANCHES, TOWER, PROJECTION)  # kinds of vlm/models/video_llama_files.py
 HAS_FROZEN = (VIT_LLAMA,)  # kinds with tensors that are never trained
 FROZEN = {**dict.fromkeys(KIND_TITLES, r"(?!)"), VIT_LLAMA: r"llama\..+"}  # their names
+FROZEN |= dict.fromkeys(BRANCHES, r"(tower|llm)\..+")
 
 # --------------------------- pairs (ours, theirs): {i} is a number, {p} is weight or bias, {rest} any names to the end
 
@@ -112,6 +121,16 @@ _VAMOS = (*_PROMPTS, *_MLP, *_same("layers.{i}.attention.gate"))
 _BIASED = (*_PROMPTS, *_same("temporal_emb.weight", "layers.{i}.attention.gate1", "layers.{i}.attention.gate2"))
 
 
+def _ours(pairs: Pairs) -> Pairs:
+    """Our names of pairs, on both sides."""
+    return _same(*(ours for ours, _ in pairs))
+
+
+_ASIDE = _same("published.{rest}")  # what our models have no use for, under its published name
+_LLAMA_PROJ = _same("llama_proj.{p}")
+_WHOLE = (*seeing.TOWER, *_ASIDE)
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One way of naming tensors: pairs (ours, theirs) for each kind of model it has."""
@@ -151,6 +170,10 @@ FAMILIES = {
             VIT_LLAMA: (*_VIT, *_MAPPERS, *_OUR_LAYERS),
             VAMOS: (*_VAMOS, *_same("selector.{rest}")),  # a token bottleneck, which no original has
             LLAMA_VQA: (*_BIASED, *_MLP),
+            VIDEO_LLAMA: (*_ours(seeing.VIDEO_LLAMA), *_same("tower.{rest}", "llm.{rest}"), *_ASIDE),
+            LLMVA: (*_ours(seeing.LLMVA), *_same("tower.{rest}", "llm.{rest}"), *_ASIDE),
+            TOWER: (*_same("tower.{rest}"), *_ASIDE),
+            PROJECTION: _LLAMA_PROJ,
         },
     ),
     "videomae": Family("VideoMAE's .pth", {PRETRAIN: _MASKED, FINETUNE: _VIT}),
@@ -158,17 +181,37 @@ FAMILIES = {
     "vamos": Family("Vamos' .pth", {VAMOS: _VAMOS}),
     "flipped": Family("Flipped-VQA's .pth", {LLAMA_VQA: _BIASED}),
     "vico": Family("ViCo's .pth", {LLAMA_VQA: _BIASED}),
+    "video_llama": Family(
+        "Video-LLaMA's .pth", {VIDEO_LLAMA: (*seeing.VIDEO_LLAMA, *_WHOLE, *seeing.LLM), PROJECTION: _LLAMA_PROJ}
+    ),
+    "llmva": Family("LLMVA-GEBC's .pth", {LLMVA: (*seeing.LLMVA, *_WHOLE, *seeing.LLM)}),
+    "lavis": Family("LAVIS' .pth", {TOWER: _WHOLE}),
     "hf": Family(
         "the Hugging Face form",
-        {PRETRAIN: _HF_MASKED, FINETUNE: _HF_VIT, VIT_LLAMA: (*_HF_VIT, *_MAPPERS, *_OUR_LAYERS)},
+        {
+            PRETRAIN: _HF_MASKED,
+            FINETUNE: _HF_VIT,
+            VIT_LLAMA: (*_HF_VIT, *_MAPPERS, *_OUR_LAYERS),
+            TOWER: (*seeing.BLIP2, *_ASIDE),
+        },
         also_read={PRETRAIN: _HF_MASKED_ALSO, FINETUNE: _HF_ALSO, VIT_LLAMA: _HF_ALSO},
         split_qkv=True,
     ),
 }
 
 
+_SEES = r"(tower|visual_encoder|Qformer|qformer|vision_model|ln_vision)\.|(query_tokens|cls_token)$"
+
+
 def kind_of(names: Sequence[str] | Mapping[str, Any]) -> str:
     """Which kind of model has these tensor names, of any family. UserError: none that is known."""
+    if "video_query_tokens" in names:
+        gebc = ("temporal_pos_trans.weight", "opt_proj.weight", "llama_project.weight")
+        return LLMVA if any(name in names for name in gebc) else VIDEO_LLAMA
+    if any(re.match(_SEES, name) for name in names) and "encoder_to_decoder.weight" not in names:
+        return TOWER
+    if "llama_proj.weight" in names:
+        return PROJECTION
     if "encoder_to_decoder.weight" in names:
         return PRETRAIN
     if "llama_dim_mapper1.weight" in names:

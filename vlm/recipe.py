@@ -19,12 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vlm.config import override
 from vlm.errors import UserError
+from vlm.models.generation_config import GenerationConfig
 
 if TYPE_CHECKING:
     from vlm.models.system import System
 
 # What decides the best checkpoint, by the task of a recipe's inputs: the metrics that every evaluation has.
-METRICS = {"classes": ("top1", "top5"), "choice": ("accuracy",)}
+METRICS = {
+    "classes": ("top1", "top5"),
+    "choice": ("accuracy",),
+    "caption": ("exact_match", "bleu4", "rouge_l", "cider", "mean_score"),
+}
 
 
 class ModelConfig(Protocol):
@@ -119,9 +124,9 @@ class EvalConfig:
     workers: int = 4
     """Loader processes a rank."""
     batch_size: int = 8
-    """Videos scored in one forward pass (each gives all its views, or all its questions)."""
+    """Videos scored in one forward pass (each gives all its views, or all its questions); texts written together."""
     probes: tuple[str, ...] = ()
-    """Extra conditions that show what the model uses: one_frame, shuffled_frames (clips), blind (questions)."""
+    """Extra conditions that show what the model uses: one_frame, shuffled_frames (clips), blind (questions, texts)."""
     kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Name in the metrics -> kinds of questions that papers report together; each kind alone is reported anyway."""
     at_start: bool = False
@@ -132,7 +137,9 @@ class EvalConfig:
     """Also evaluate (without probes) every so many steps, to know the best checkpoint; 0: never."""
     metric: str = "top1"
     """Which metric decides the best checkpoint (larger is better): top1 or top5 (clips); accuracy or accuracy_KIND
-    (questions)."""
+    (questions); exact_match, bleu4, rouge_l, cider or mean_score (texts)."""
+    generation: GenerationConfig | None = None
+    """How texts are written; none where nothing is."""
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 0), ("batch_size", 1), ("every", 0)):
@@ -190,7 +197,7 @@ class Recipe:
             _require(0 <= weight < inf, f"views.{name}", weight, "a finite number from 0")
         _require(any(self.views.values()), "views", self.views, "at least one weight above 0, or nothing is learnt")
         if self.eval is not None:
-            _check_metric(self.eval.metric, getattr(self.inputs, "task", None))
+            _check_eval(self.eval, getattr(self.inputs, "task", None))
         self.run_dir = Path(self.run_dir)
 
 
@@ -200,7 +207,16 @@ def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{name} is {value}; it must be {allowed}")
 
 
-def _check_metric(metric: str, task: str | None) -> None:
+def _check_eval(config: EvalConfig, task: str | None) -> None:
+    """ValueError where a test has settings that are not its task's."""
+    metric = config.metric
+    writes = task == "caption"
+    if writes and config.generation is None:
+        raise ValueError("eval.generation is none, but these inputs want texts written: give a GenerationConfig")
+    if task is not None and not writes and config.generation is not None:
+        raise ValueError(f"eval.generation is given, but these inputs ({task}) want nothing written: set it to none")
+    if writes and config.kinds:
+        raise ValueError("eval.kinds: texts are scored by kind anyway, and are not grouped; set it to {}")
     of_kind = task == "choice" and metric.startswith("accuracy_")  # which kinds there are, the shards know
     if task in METRICS and metric not in METRICS[task] and not of_kind:
         allowed = " or ".join((*METRICS[task], "accuracy_KIND") if task == "choice" else METRICS[task])
@@ -288,6 +304,7 @@ def _paths(config: Any, where: str) -> Iterator[tuple[str, Path]]:
 
 __all__ = [
     "EvalConfig",
+    "GenerationConfig",
     "ModelConfig",
     "OptimConfig",
     "Recipe",

@@ -7,12 +7,10 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vlm.config import to_dict
@@ -20,12 +18,12 @@ from vlm.data.loader import TestItem, eval_loader
 from vlm.data.shards import ShardSet
 from vlm.distributed import World, from_main, gather_objects, share, stop_together
 from vlm.files import write_json, write_text
-from vlm.metrics.classify import mean_probabilities
 from vlm.recipe import Recipe
 from vlm.run.checkpoint import Progress
-from vlm.run.run_folder import metrics_of
+from vlm.run.eval_tasks import Task, line_of, task_of
+from vlm.run.run_folder import Rows, metrics_of
 from vlm.run.streams import open_shards
-from vlm.types import Prediction, UserError
+from vlm.types import UserError, Writing
 
 
 def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
@@ -44,23 +42,28 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
     shards = open_shards(recipe.data, recipe.eval.shards)
     started = time.monotonic()
     say(f"evaluating {len(shards):,} records of {shards.path}")
-    predictions, unscored, counters = score(recipe, engine, world, shards, recipe.eval.probes, say)
+    rows, unscored, counters = score(recipe, engine, world, shards, recipe.eval.probes, say)
     lost = sum(row["lost"] for row in unscored)
 
     def write() -> dict[str, float]:
-        if not predictions:
+        if not rows:
             raise UserError(f"{shards.path}: nothing could be scored: {unscored[:3]}")
-        metrics = metrics_of(predictions, recipe.eval.kinds)  # type: ignore[union-attr]
+        metrics = metrics_of(rows, recipe.eval.kinds)  # type: ignore[union-attr]
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "predictions.jsonl", _lines([_row(prediction) for prediction in predictions]))
+        write_text(folder / "predictions.jsonl", _lines(map(line_of, rows)))
         write_text(folder / "unscored.jsonl", _lines(unscored))
-        write_json(folder / "metrics.json", metrics)
+        if metrics:
+            write_json(folder / "metrics.json", metrics)
+        else:
+            (folder / "metrics.json").unlink(missing_ok=True)
+        silent = sum(isinstance(row, Writing) and not row.references for row in rows)
         about = {
             "shards": str(shards.path),
             "shards_fingerprint": shards.fingerprint,
             "records": len(shards),
-            "scored": len(predictions),
+            "scored": len(rows) - silent,
             "unscored": lost,
+            **({"written_without_references": silent} if silent else {}),
             **counters,
             "protocol": {"eval": to_dict(recipe.eval), "inputs": to_dict(recipe.inputs)},
             "seconds": time.monotonic() - started,
@@ -68,6 +71,9 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
         write_json(folder / "evaluation.json", about)
         for row in unscored[:10]:
             say(f"not scored: {row['key']}: {row['reason']}")
+        if silent:
+            rest = "the metrics are of the others" if metrics else "there are no metrics"
+            say(f"{silent:,} of {len(rows):,} texts have no published captions to be scored by: {rest}")
         return metrics
 
     metrics = from_main(world, write)
@@ -80,19 +86,25 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
 def is_best(recipe: Recipe, engine: Any, world: World, progress: Progress, say: Callable[[str], None]) -> bool:
     """Evaluate without probes; whether the recipe's metric is the best so far (noted in `progress`)."""
     assert recipe.eval is not None
-    predictions, unscored, _ = score(recipe, engine, world, open_shards(recipe.data, recipe.eval.shards), (), say)
-    kinds = recipe.eval.kinds
+    rows, unscored, _ = score(recipe, engine, world, open_shards(recipe.data, recipe.eval.shards), (), say)
+    config = recipe.eval
 
     def measure() -> dict[str, float]:
-        if not predictions:
-            raise UserError(f"{recipe.eval.shards}: nothing could be scored: {unscored[:3]}")  # type: ignore[union-attr]
-        return metrics_of(predictions, kinds)
+        if not rows:
+            raise UserError(f"{config.shards}: nothing could be scored: {unscored[:3]}")
+        metrics = metrics_of(rows, config.kinds)
+        if not metrics:
+            raise UserError(
+                f"{config.shards}: its records have no published captions, so eval.every cannot tell which checkpoint "
+                "is best; use a split that has them, or eval.every=0"
+            )
+        return metrics
 
     metrics = from_main(world, measure)
     if recipe.eval.metric not in metrics:
         raise UserError(f"eval.metric={recipe.eval.metric}: this evaluation has {', '.join(metrics)}")
     value = metrics[recipe.eval.metric]
-    say(f"step {progress.step}: {recipe.eval.metric} {value:.4f} on {len(predictions)}, unscored {len(unscored)}")
+    say(f"step {progress.step}: {recipe.eval.metric} {value:.4f} on {len(rows)}, unscored {len(unscored)}")
     if progress.best_metric is not None and value <= progress.best_metric:
         return False
     progress.best_metric, progress.best_step = value, progress.step
@@ -107,9 +119,9 @@ def score(
     shards: ShardSet,
     probes: tuple[str, ...],
     say: Callable[[str], None],
-) -> tuple[list[Prediction], list[dict[str, Any]], dict[str, int]]:
-    """(predictions in the order of the shards, records that could not be read with their reasons, what had to be cut
-    of rows of text); whole on rank 0.
+) -> tuple[Rows, list[dict[str, Any]], dict[str, int]]:
+    """(rows of predictions.jsonl in the order of the shards, records that could not be read with their reasons, what
+    had to be cut of rows of text); whole on rank 0.
 
     Each rank scores its contiguous share, so every record comes exactly once whatever the number of processes. All
     ranks make the same number of forward passes (ZeRO-3 gathers weights in each).
@@ -120,7 +132,8 @@ def score(
     largest_share = math.ceil(len(shards) / world.size)
     rounds = math.ceil(largest_share / config.batch_size)
     engine.deepspeed.eval()
-    predictions: list[Prediction] = []
+    task = task_of(recipe, engine, world)
+    rows: list[Any] = []
     unscored: list[dict[str, Any]] = []
     counters: Counter[str] = Counter()
     loader = eval_loader(
@@ -135,103 +148,36 @@ def score(
     )
     told = time.monotonic()
     for number in range(rounds):
-        group, problem = _next_group(loader, config.batch_size)
+        group, problem = _next_group(loader, config.batch_size, task)
         stop_together(problem, world.device)
         unscored += [{"key": item.key, "reason": item.reason, "lost": item.lost} for item in group if item.reason]
         good = [item for item in group if not item.reason]
-        predictions += _score_group(recipe, engine, world, good, probes)
+        rows += task.rows(good, probes)
         for example in (example for item in good for example in item.views[""]):
             counters.update(example.counters)
         if time.monotonic() - told > 10:
             told = time.monotonic()
             say(f"  evaluated {min((number + 1) * config.batch_size * world.size, len(shards))}/{len(shards)}")
-    gathered = gather_objects((predictions, unscored, counters))
+    gathered = gather_objects((rows, unscored, counters))
     if gathered is None:
-        return predictions, unscored, dict(counters)
+        return rows, unscored, dict(counters)
     return (
-        [prediction for part, _, _ in gathered for prediction in part],
+        [row for part, _, _ in gathered for row in part],
         [row for _, part, _ in gathered for row in part],
         dict(sum((part for _, _, part in gathered), Counter())),
     )
 
 
-def _next_group(loader: Iterator[TestItem], size: int) -> tuple[list[TestItem], UserError | None]:
+def _next_group(loader: Iterator[TestItem], size: int, task: Task) -> tuple[list[TestItem], UserError | None]:
     """The next records of this rank; or why there are none, to be told to all ranks together."""
     try:
         group = list(itertools.islice(loader, size))
     except UserError as error:
         return [], error
-    for ask in (ask for item in group for ask in item.asks):
-        if ask.truth is None:
-            return [], UserError(
-                f"{ask.key} has no published answer or label, so it cannot be scored; use a labelled split "
-                "(eval.shards)"
-            )
-    return group, None
+    problems = (task.problem(ask) for item in group for ask in item.asks)
+    problem = next((problem for problem in problems if problem is not None), None)
+    return ([], problem) if problem is not None else (group, None)
 
 
-def _score_group(
-    recipe: Recipe, engine: Any, world: World, items: list[TestItem], probes: tuple[str, ...]
-) -> list[Prediction]:
-    """Forward all views of a few records, one pass for each condition."""
-    scores = {condition: _forward(recipe, engine, world, items, condition) for condition in ("", *probes)}
-    rows = []
-    for number, item in enumerate(items):
-        for place, ask in enumerate(item.asks):
-            assert ask.truth is not None
-            options = len(ask.options) or None
-            own = {condition: _listed(several[number][place][:options]) for condition, several in scores.items()}
-            rows.append(
-                Prediction(
-                    key=ask.key,
-                    truth=ask.truth,
-                    prediction=int(np.argmax(own[""])),  # of the rounded scores, so that the row agrees with itself
-                    scores=own[""],
-                    probes={probe: own[probe] for probe in probes},
-                    kind=ask.kind,
-                    video="" if ask.kind is None else item.key,
-                    id=ask.id,
-                    question=ask.question,
-                    options=list(ask.options),
-                )
-            )
-    return rows
-
-
-def _forward(
-    recipe: Recipe, engine: Any, world: World, items: list[TestItem], condition: str
-) -> list[list[np.ndarray]]:
-    """For each record the scores of each thing asked about it, (K,). With nothing to score a blank example keeps this
-    rank in step with the others."""
-    inputs = recipe.inputs
-    examples = [example for item in items for example in item.views[condition]]
-    batch = inputs.test_batch(examples or [inputs.blank()])
-    scores = engine.model.predict(batch.to(world.device)).float().cpu().numpy()
-    merged, first = [], 0
-    for item in items:
-        if inputs.task == "choice":
-            count = len(item.asks)
-            merged.append(list(scores[first : first + count]))
-        else:
-            count = len(item.views[condition])
-            merged.append([mean_probabilities(scores[first : first + count])])
-        first += count
-    assert not items or first == len(scores)
-    return merged
-
-
-def _row(prediction: Prediction) -> dict[str, Any]:
-    """A line of predictions.jsonl; clips have none of the fields of questions."""
-    row = asdict(prediction)
-    if prediction.kind is None:
-        for name in ("kind", "video", "id", "question", "options"):
-            del row[name]
-    return row
-
-
-def _listed(scores: np.ndarray) -> list[float]:
-    return [round(float(value), 6) for value in scores]
-
-
-def _lines(rows: list[dict[str, Any]]) -> str:
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)

@@ -10,7 +10,10 @@ from typing import Any
 
 from vlm.metrics.choice import choice_metrics
 from vlm.metrics.classify import classification_metrics
-from vlm.types import Prediction, UserError
+from vlm.types import Prediction, UserError, Writing
+
+Rows = Sequence[Prediction] | Sequence[Writing]
+"""What a predictions.jsonl holds: rows of one kind."""
 
 LARGEST = sys.float_info.max  # JSON can hold whole numbers that no float can
 
@@ -71,8 +74,16 @@ def read_rows(path: Path, damaged: list[str] | None = None) -> list[dict[str, An
     return rows
 
 
-def metrics_of(predictions: Sequence[Prediction], kinds: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
-    """What predictions are worth, of clips or of questions; `kinds` as in EvalConfig."""
+def metrics_of(rows: Rows, kinds: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
+    """What predictions are worth, of clips, of questions (`kinds` as in EvalConfig) or of texts; nothing where no text
+    has references."""
+    writings = [row for row in rows if isinstance(row, Writing)]
+    if writings:
+        from vlm.metrics import caption
+
+        known = [row for row in writings if row.references]
+        return caption.score(known) if known else {}
+    predictions = [row for row in rows if isinstance(row, Prediction)]
     if predictions and predictions[0].kind is not None:
         return choice_metrics(predictions, kinds)
     return classification_metrics(predictions)
@@ -89,7 +100,7 @@ def kinds_of(folder: Path) -> dict[str, list[str]]:
     return value if isinstance(value, dict) else {}
 
 
-def read_predictions(path: Path) -> list[Prediction]:
+def read_predictions(path: Path) -> Rows:
     """The rows of a predictions.jsonl, each checked against the others.
 
     Raises:
@@ -97,22 +108,50 @@ def read_predictions(path: Path) -> list[Prediction]:
             scores differs from the first row's, truth or prediction is no class, the key came before, the
             prediction is not the class with the highest score; or there is no row at all.
     """
-    predictions: list[Prediction] = []
+    rows: list[Any] = []
     lines: dict[str, int] = {}
-    for number, row in enumerate(read_rows(path), start=1):
+    for number, line in enumerate(read_rows(path), start=1):
         try:
-            prediction = _prediction(row, len(predictions[0].scores) if predictions else None)
-            if predictions and (prediction.kind is None) != (predictions[0].kind is None):
-                raise ValueError("rows of clips and rows of questions (with a kind) do not go together")
-            if prediction.key in lines:
-                raise ValueError(f"key {prediction.key!r} came in line {lines[prediction.key]} already")
+            row = _checked(line, rows)
+            if row.key in lines:
+                raise ValueError(f"key {row.key!r} came in line {lines[row.key]} already")
         except ValueError as error:
             raise UserError(f"{path}: line {number}: {error}; the file is damaged: evaluate again") from error
-        lines[prediction.key] = number
-        predictions.append(prediction)
-    if not predictions:
+        lines[row.key] = number
+        rows.append(row)
+    if not rows:
         raise UserError(f"{path}: holds no prediction; evaluate again")
-    return predictions
+    return rows
+
+
+def _checked(line: dict[str, Any], before: Rows) -> Prediction | Writing:
+    """A line as a row of the same kind as the rows before it; ValueError says what is wrong with it."""
+    first = before[0] if before else None
+    if "text" in line:
+        if isinstance(first, Prediction):
+            raise ValueError("rows of texts and rows of scores do not go together")
+        return _writing(line, first)
+    if isinstance(first, Writing):
+        raise ValueError("rows of texts and rows of scores do not go together")
+    prediction = _prediction(line, None if first is None else len(first.scores))
+    if first is not None and (prediction.kind is None) != (first.kind is None):
+        raise ValueError("rows of clips and rows of questions (with a kind) do not go together")
+    return prediction
+
+
+def _writing(line: dict[str, Any], first: Writing | None) -> Writing:
+    for name in ("key", "text"):
+        if not isinstance(line.get(name), str):
+            raise ValueError(f"{name} is {line.get(name)!r:.60}, expected a text")
+    references, probes = line.get("references"), line.get("probes", {})
+    if not isinstance(references, list) or not all(isinstance(one, str) for one in references):
+        raise ValueError(f"references is {references!r:.60}, expected a list of texts")
+    if not isinstance(probes, dict) or not all(isinstance(text, str) for text in probes.values()):
+        raise ValueError(f"probes is {probes!r:.60}, expected an object of texts")
+    if first is not None and probes.keys() != first.probes.keys():
+        raise ValueError(f"has the probes {sorted(probes)}, the first row {sorted(first.probes)}")
+    about = {name: str(line.get(name, "")) for name in ("kind", "video", "id", "question")}
+    return Writing(key=line["key"], text=line["text"], references=references, probes=probes, **about)
 
 
 def _prediction(row: dict[str, Any], classes: int | None) -> Prediction:

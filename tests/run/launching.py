@@ -1,6 +1,7 @@
 """A way to start the real command lines in real processes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,24 @@ def start(arguments: list[str], processes: int = 1) -> subprocess.Popen:
     )
 
 
+def end(process: subprocess.Popen) -> None:
+    """End a script that hangs. torchrun, told to stop, ends its workers, which are in sessions of their own."""
+    process.terminate()
+    try:
+        process.communicate(timeout=45)  # torchrun gives its workers 30 seconds before it kills them
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def run(arguments: list[str], processes: int = 1, expect: int = 0, timeout: float = 300) -> str:
     """Run a script of ours to its end and return what it printed."""
     process = start(arguments, processes)
-    printed, _ = process.communicate(timeout=timeout)
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        end(process)
+        raise
     assert process.returncode == expect, printed[-4000:]
     return printed
 

@@ -86,7 +86,7 @@ class Engine:
             )
         zero_state.forget_warm_up(self)
         steps = config["gradient_accumulation_steps"]
-        self.modalities = Modalities(model, recipe.inputs, recipe.views, steps, world)
+        self.modalities = Modalities(model.reads_text, recipe.inputs, recipe.views, steps, world)
 
     def step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step over the global batch.
@@ -145,7 +145,7 @@ class Engine:
                 counts[name] += count * item.weight
             for name, count in item.batch.counters.items():
                 cut[name] += count * item.weight
-        told, marks = [*counts.values(), *cut.values()], self.modalities.differing(micro_batches)
+        told, marks = [*counts.values(), *cut.values()], self.modalities.marks(micro_batches)
         summed = sum_over_ranks([*told, *marks], self.world.device)
         self.modalities.check(micro_batches, summed[len(told) :])
         totals, counters = summed[: len(names)], summed[len(names) : len(told)]

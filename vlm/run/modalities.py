@@ -20,7 +20,7 @@ travel between ranks anyway), but:
   as if the gradient were 0. A step would depend on the stage, and on who shares it.
 
 So one order and zeros everywhere; the price is the video path on one blank video where a micro-batch has none. What no
-blank can mend is told before the first module runs, by all ranks together (`differing`).
+blank can mend is told before the first module runs, by all ranks together (`check`).
 
 What a system must do for this: make video tokens (`encode_video`) by the same calls of modules whatever number of
 videos and frames there is, so never in a loop over videos.
@@ -37,7 +37,6 @@ from vlm.data.loader import MicroBatch
 from vlm.data.packing import pack
 from vlm.data.rng import SampleRng
 from vlm.distributed import World, gather_objects
-from vlm.models.system import System
 from vlm.types import IGNORE, Batch, Row, UserError
 
 VIDEO = ("video", "features", "frames", "frame_tokens")
@@ -80,13 +79,16 @@ class Blank:
 class Modalities:
     """Makes the micro-batches of a step whole."""
 
-    def __init__(self, model: System, inputs: Any, views: Mapping[str, float], micro_steps: int, world: World) -> None:
+    def __init__(
+        self, reads_text: bool, inputs: Any, views: Mapping[str, float], micro_steps: int, world: World
+    ) -> None:
         """
         Args:
+            reads_text: of the system.
             inputs: of the recipe. views: the losses that it weighs.
             micro_steps: micro-batches of a step.
         """
-        self.reads_text, self.views, self.micro_steps, self.world = model.reads_text, views, micro_steps, world
+        self.reads_text, self.views, self.micro_steps, self.world = reads_text, views, micro_steps, world
         self.blank = Blank(inputs)
         self._nothing = pack([Row((0,), (IGNORE,))], 1)
 
@@ -108,10 +110,10 @@ class Modalities:
 
     # ------------------------------------------------------------------------------------------ what no blank can mend
 
-    def differing(self, micro_batches: Sequence[MicroBatch]) -> list[float]:
+    def marks(self, micro_batches: Sequence[MicroBatch]) -> list[float]:
         """Two numbers for each micro-batch, to be summed over all ranks for `check`."""
-        marks = [float(_mark(item.batch)) for item in micro_batches]
-        return [*marks, *[mark * mark for mark in marks]]
+        found = [float(_mark(item.batch)) for item in micro_batches]
+        return [*found, *[mark * mark for mark in found]]
 
     def check(self, micro_batches: Sequence[MicroBatch], summed: Sequence[float]) -> None:
         """UserError on all ranks if their micro-batches would run different modules.

@@ -36,6 +36,7 @@ setup(
         "flash": ["flash-attn>=2.8,<3"],
         "mpi": ["mpi4py>=4"],
         "remote": ["s3fs>=2024.2"],
+        "quantise": ["bitsandbytes>=0.46"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "mpi4py>=4"],
     },
 )

@@ -17,7 +17,8 @@ from vlm.errors import UserError as UserError  # every floor takes it from here
 
 
 class StoredArray(NamedTuple):
-    """A tensor inside a published file (.pth, .safetensors): it becomes an `.npy` member when its shard is built."""
+    """A tensor inside a published file (.pth, .safetensors): it becomes an `.npy` member when its shard is built, or, of
+    any dtype, a `.safetensors` member: as the member is called."""
 
     file: Path
     name: str  # its key in the file
@@ -171,12 +172,28 @@ class Colours(NamedTuple):
     std: tuple[float, float, float]
 
 
+class Patch(NamedTuple):
+    """What takes the place of a rectangle of every frame of a clip (random erasing), once it is normalised."""
+
+    top: int
+    left: int
+    pixels: Tensor  # (C, T, h, w) float32
+
+
+class Mixing(NamedTuple):
+    """How clip i of a batch of B is mixed with clip B - 1 - i, once both are normalised and patched."""
+
+    share: float  # of each clip that stays its own
+    cut: tuple[int, int, int, int] | None  # CutMix: rows top … bottom - 1, columns left … right - 1 are the partner's
+
+
 @dataclass(slots=True, kw_only=True)
 class Example:
     """One training or test item after decoding and transforms, before collation."""
 
     key: str
-    video: Tensor | None = None  # (C, T, H, W) float32, normalised
+    video: Tensor | None = None  # (C, T, H, W) 0 … 255, uint8 or (not rounded after resizing) float32
+    patch: Patch | None = None  # a part of `video` that is replaced
     label: int | None = None
     features: Tensor | None = None  # (V, N, D) float32: features of frames of each cut of the video that is asked about
     frames: Tensor | None = None  # (T, C, H, W) uint8, or float32 normalised: any number of frames; an image is one
@@ -233,6 +250,7 @@ class TextRows:
     leaves: tuple[tuple[int, ...], ...] = ()  # options alone: for each question, the row that ends each of its options
     pick_slots: Tensor = field(default_factory=_no_places)  # (R,) int64: places that tokens chosen by a selector take
     pick_sources: Tensor = field(default_factory=_no_places)  # (R,) int64: which chosen token of the batch takes each
+    blind: tuple[int, ...] = ()  # places that do not see themselves, and that none sees (vlm.models.padded_prompts)
 
     def to(self, where: device | str) -> TextRows:
         """The same rows on a device."""
@@ -246,7 +264,7 @@ class Batch:
     """One micro-batch of one rank."""
 
     keys: tuple[str, ...]
-    video: Tensor | None = None  # (B, C, T, H, W) float, normalised
+    video: Tensor | None = None  # (B, C, T, H, W)
     label: Tensor | None = None  # (B,) int64
     target: Tensor | None = None  # (B, K) float: soft labels, where mixup or smoothing made them
     mask: Tensor | None = None  # (B, N) bool, True = hidden (masked pretraining)
@@ -255,7 +273,9 @@ class Batch:
     frame_tokens: Tensor | None = None  # (F, Q, D): what a frozen encoder made of each frame, in the place of `frames`
     frame_counts: tuple[int, ...] = ()  # frames of each video of the batch (rows without a video have none); sum: F
     extra: dict[str, Tensor] = field(default_factory=dict)  # (videos, …): what else is known of each video, by name
-    colours: Colours | None = None  # `video` and `frames` are uint8, these still to be applied; None: normalised floats
+    colours: Colours | None = None  # `video` and `frames` are 0 … 255, these still to be applied; None: normalised
+    patches: tuple[Patch | None, ...] = ()  # for each clip, with `colours`: what then takes the place of a part of it
+    mixing: Mixing | None = None  # with `colours`: how clips are then mixed (vlm.data.pixels)
     views: dict[str, TextRows] = field(default_factory=dict)  # view name (= loss name) -> its rows
     options: TextRows | None = None  # rows that score the options of questions (evaluation)
     prompts: TextRows | None = None  # rows that a language model is to go on from (generation); each is a row alone
@@ -272,6 +292,9 @@ class Batch:
                 moved[f.name] = value.to(where, non_blocking=True)
             elif isinstance(value, (TextRows, Passages)):
                 moved[f.name] = value.to(where)
+        moved["patches"] = tuple(
+            patch and patch._replace(pixels=patch.pixels.to(where, non_blocking=True)) for patch in self.patches
+        )
         moved["views"] = {name: rows.to(where) for name, rows in self.views.items()}
         moved["extra"] = {name: value.to(where, non_blocking=True) for name, value in self.extra.items()}
         return replace(self, **moved)

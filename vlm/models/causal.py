@@ -58,6 +58,11 @@ class CausalSystem(System):
             )
         return text
 
+    def arrange(self, batch: Batch) -> Batch:
+        """The batch as its losses are to be worked out: a system may lay its views' rows out anew, with as many
+        predictions as before."""
+        return batch
+
     def attention_arguments(self, names: Sequence[str], rows: Sequence[TextRows]) -> dict[str, Any]:
         """What the blocks' attention gets besides the spans, for rows of the views of these names, end to end."""
         return {}
@@ -80,6 +85,7 @@ class CausalSystem(System):
         """Every view of the batch: summed cross-entropy and number of its predictions."""
         if not batch.views:
             raise UserError(f"{', '.join(batch.keys)}: a batch without text reached a language model; check the views")
+        batch = self.arrange(batch)
         names, rows = list(batch.views), list(batch.views.values())
         places = [self.places(name, part) for name, part in zip(names, rows)]
         hidden = self.read_at(names, rows, places, batch)
@@ -134,14 +140,14 @@ class CausalSystem(System):
         arguments = self.attention_arguments(names, rows)
         narrow = places is not None and self._narrows(len(places), len(text))
         if places is not None and narrow:
-            arguments["wanted"] = make_wanted(places, joined.lengths, joined.parents)
+            arguments["wanted"] = make_wanted(places, joined.lengths, joined.parents, joined.blind)
         hidden = self.llm.base_model(
             inputs_embeds=text[None],
             position_ids=joined.positions[None],
             # a mask of four dimensions is passed on as it is; the spans say what is seen
             attention_mask=text.new_empty(1, 1, 0, 0),
             use_cache=False,
-            spans=make_spans(joined.lengths, joined.parents, text.device),
+            spans=make_spans(joined.lengths, joined.parents, text.device, joined.blind),
             **arguments,
         ).last_hidden_state[0]
         return hidden if places is None or narrow else hidden[places]
@@ -196,6 +202,11 @@ class CausalSystem(System):
         """All but the language model."""
         return not name.startswith("llm.")
 
+    def reached(self, name: str, batch: Batch) -> bool:
+        """What trains makes video tokens, unless a system says otherwise: rows with places for them reach it. A batch
+        without video runs all of it on a blank one (vlm.run.modalities), whose gradients are 0."""
+        return any(rows.slots.numel() and self.predictions_of(view, rows) for view, rows in batch.views.items())
+
     def cost(self, batch: Batch) -> Cost:
         """What the forward pass over this batch's views costs."""
         rows = join(list(batch.views.values()))
@@ -244,6 +255,7 @@ def join(rows: Sequence[TextRows]) -> TextRows:
         ),
         target_counts=tuple(count for part in rows for count in part.target_counts),
         leaves=(),
+        blind=tuple(place + start for part, start in zip(rows, tokens) for place in part.blind),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vlm.models.quantised import Quantise, quantise
 from vlm.nn.language import ATTENTION, ExactRotary
 from vlm.nn.llama_layers import use_lean_layers
 from vlm.types import UserError
@@ -42,6 +43,15 @@ SIZES = {
     "llama2_7b": (4096, 32, 32, 32, 11008, 32000, 1e-5, 10000.0),
     "llama2_13b": (5120, 40, 40, 40, 13824, 32000, 1e-5, 10000.0),
     "llama3_8b": (4096, 32, 32, 8, 14336, 128256, 1e-5, 500000.0),
+}
+
+# name -> the LLaMA that it was trained from, words of its vocabulary. Vicuna v1.1 has the sizes of llama1, v1.5 and
+# LLaMA-2-chat those of llama2; v0's one word more is its [PAD]
+DERIVED = {
+    "vicuna_7b_v0": ("llama1_7b", 32001),
+    "vicuna_13b_v0": ("llama1_13b", 32001),
+    "ziya_13b": ("llama1_13b", 39424),
+    "billa_7b": ("llama1_7b", 46943),
 }
 
 
@@ -70,6 +80,8 @@ class LlamaBaseConfig:
     """Base of the rotary embedding (LLaMA 1, 2: 10000, LLaMA 3: 500000)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How the frozen weights are stored. A bf16 engine stores them so in any case."""
+    quantise: Quantise = None
+    """Store the matrices of the blocks in 8 or 4 bits (bitsandbytes, extra "quantise"); none: as `dtype` says."""
     random_seed: int = 0
     """Decides the random weights where `path` is none."""
 
@@ -119,8 +131,8 @@ class LlamaBaseConfig:
         model.to(getattr(torch, self.dtype)).requires_grad_(False)
         if torch.get_default_device().type != "meta":
             model.load_state_dict(self._random(model) if self.path is None else self._read(model, skip), assign=True)
-            model.requires_grad_(False)
-        return model
+        quantise(model, self.quantise)
+        return model.requires_grad_(False)
 
     def _random(self, model: LlamaForCausalLM) -> dict[str, Tensor]:
         warnings.warn(
@@ -197,8 +209,11 @@ class LlamaBaseConfig:
 
 def llama(name: str, **settings: Any) -> LlamaBaseConfig:
     """The config of a published LLaMA; `settings` are further fields. UserError: no such model."""
+    if name in DERIVED:
+        origin, words = DERIVED[name]
+        return llama(origin, **{"vocab_size": words, **settings})
     if name not in SIZES:
-        raise UserError(f"there is no LLaMA called {name!r}; known: {', '.join(SIZES)}")
+        raise UserError(f"there is no LLaMA called {name!r}; known: {', '.join((*SIZES, *DERIVED))}")
     keys = ("dim", "layers", "heads", "kv_heads", "hidden", "vocab_size", "norm_eps", "rope_theta")
     return LlamaBaseConfig(**{**dict(zip(keys, SIZES[name])), **settings})
 

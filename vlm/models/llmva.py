@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlm.models.eva import TowerConfig
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.opt_base import OptBaseConfig
+from vlm.models.padded_prompts import pad_prompts
 from vlm.models.video_base import VideoConfig, VideoSystem, initialise
 from vlm.nn.qformer import read_memory
 from vlm.types import Batch, UserError
@@ -95,6 +96,15 @@ class Llmva(VideoSystem):
             self.other_feat_temporal_pos_trans_norm = nn.LayerNorm(dim)
             self.other_feat_Qformer = config.qformer.build(dim)
         self.freeze()
+
+    def arrange(self, batch: Batch) -> Batch:
+        """Prompts filled up as the original's, where `prompt_pad` is right."""
+        if self.config.prompt_pad == "none":
+            return batch
+        is_opt = self.config.opt is not None
+        pad = 1 if is_opt else 0  # OPT's own; LLaMA's unknown word
+        views = {name: pad_prompts(rows, pad, counted=not is_opt) for name, rows in batch.views.items()}
+        return replace(batch, views=views)
 
     def encode_video(self, batch: Batch) -> Tensor | None:
         """(V, N, width of the language model): tokens of the frames, then of the other features."""

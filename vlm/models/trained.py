@@ -102,10 +102,10 @@ def _text(value: Any) -> str:
 
 
 def persistent_buffers(model: System) -> dict[str, Tensor]:
-    """Buffers that belong to the state dict (running statistics, queues), without those of frozen modules' sources."""
-    state = model.state_dict(keep_vars=True)
-    parameters = {id(p) for p in model.parameters()}
-    return {name: value for name, value in state.items() if id(value) not in parameters}
+    """Buffers that belong to the state dict (running statistics, queues): neither tied parameters under their second
+    name, nor what quantised matrices add to it."""
+    buffers = {id(b) for b in model.buffers()}
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) in buffers}
 
 
 def _other_settings(manifest: Mapping[str, Any], model: System) -> tuple[list[str], list[str]]:

@@ -47,13 +47,16 @@ class Span(NamedTuple):
     mask: Tensor | None  # (stop - start, tokens before + stop - start) bool; None: causal, with nothing before
 
 
-def make_spans(lengths: Sequence[int], parents: Sequence[int], where: torch.device) -> tuple[Span, ...]:
+def make_spans(
+    lengths: Sequence[int], parents: Sequence[int], where: torch.device, blind: Sequence[int] = ()
+) -> tuple[Span, ...]:
     """How to attend rows that form trees: a causal call for a row alone, one call for a small tree, else row by row.
 
     Args:
         lengths: tokens of each row, laid end to end.
         parents: for each row the row that it goes on from, or -1; trees stand depth first.
         where: device of the masks.
+        blind: places that do not see themselves, and that none sees; each is a row of its own that goes on from one.
     """
     starts, ends = [0], list(range(1, len(lengths) + 1))
     for length in lengths:
@@ -77,6 +80,8 @@ def make_spans(lengths: Sequence[int], parents: Sequence[int], where: torch.devi
             past = sum(spans[number].stop - spans[number].start for number in before)
             mask = torch.ones(stop - start, past + stop - start, dtype=torch.bool, device=where)
             mask[:, past:] = _tree_mask(row, end, starts, parents, where)
+            if inside := [past + place - start for place in blind if start <= place < stop]:
+                mask[:, inside] = False
         seen_by += [(*before, len(spans))] * (end - row)
         spans.append(Span(start, stop, before, mask))
         row = end
@@ -107,8 +112,8 @@ class Wanted(NamedTuple):
     mask: Tensor  # (Z, S) bool: what each of them sees
 
 
-def make_wanted(places: Tensor, lengths: Sequence[int], parents: Sequence[int]) -> Wanted:
-    """What places of rows see; rows as in `make_spans`.
+def make_wanted(places: Tensor, lengths: Sequence[int], parents: Sequence[int], blind: Sequence[int] = ()) -> Wanted:
+    """What places of rows see; rows and `blind` as in `make_spans`.
 
     Args:
         places: (Z,) int64 among the rows' tokens, on the device that the mask is to be on.
@@ -120,6 +125,8 @@ def make_wanted(places: Tensor, lengths: Sequence[int], parents: Sequence[int]) 
             related[row] |= related[parent]
     row_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(where, non_blocking=True)
     mask = related.to(where, non_blocking=True)[row_of[places]][:, row_of]
+    if blind:
+        mask[:, list(blind)] = False
     return Wanted(places, mask & (torch.arange(len(row_of), device=where) <= places[:, None]))
 
 

@@ -21,10 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
+from vlm.data.array_files import array_bytes
+from vlm.data.features import tensor_bytes
 from vlm.data.shard_format import (
     BLOCK,
     UNFINISHED,
     UNKNOWN,
+    count_asked,
     counted_texts,
     encode_key,
     shard_name,
@@ -179,8 +182,9 @@ def _load(
             name: [sum(len(encode(text)) for text in part) for part in parts]
             for name, parts in counted_texts(annotation).items()
         }
-    if "questions" in annotation:
-        facts["questions"] = len(annotation["questions"])
+    asked = count_asked(annotation)
+    if asked:
+        facts["questions"] = asked
     members: dict[str, tuple[str, bytes]] = {}
     warned: list[str] = []
     if item["file"]:
@@ -194,7 +198,7 @@ def _load(
             facts["decoders"] = list(check_decoders(data, info))
             facts.update({name: getattr(info, name) for name in ("num_frames", "fps", "duration", "width", "height")})
     for name, source in sorted(item.get("members", {}).items()):
-        members[name] = (name, _read_member(source))
+        members[name] = (name, _read_member(name, source))
     members["json"] = ("json", to_json(annotation))
     return members, facts, [*item.get("warnings", ()), *warned]
 
@@ -218,19 +222,31 @@ def _load_video(item: Mapping[str, Any], settings: Settings) -> tuple[str, bytes
     return container or (suffix if suffix.isalnum() and suffix.isascii() else "bin"), data, []
 
 
-def _read_member(source: Mapping[str, str]) -> bytes:
-    """A whole file, or one tensor of a file as `.npy`; raises DecodeError."""
+def _read_member(name: str, source: Mapping[str, str]) -> bytes:
+    """A whole file, or one tensor of a file as `NAME.npy` or `NAME.safetensors`; raises DecodeError."""
     try:
         if "tensor" not in source:
-            return Path(source["file"]).read_bytes()
-        array = _open_tensors(source["file"])[source["tensor"]]().numpy()
+            return _read_file(Path(source["file"]))
+        tensor = _open_tensors(source["file"])[source["tensor"]]()
     except OSError as error:
         raise DecodeError(f"{source['file']} cannot be read: {error.strerror or error}") from error
     except (UserError, KeyError) as error:
         raise DecodeError(f"{source['file']} changed while shards were written from it: {error}") from error
+    if name.endswith(".safetensors"):
+        return tensor_bytes(name.removesuffix(".safetensors"), tensor)
     file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
+    np.save(file, tensor.numpy(), allow_pickle=False)
     return file.getvalue()
+
+
+def _read_file(file: Path) -> bytes:
+    """A whole file; a pickle of an array as `.npy`, since nobody should open a pickle in training."""
+    if file.suffix.lower() != ".pkl":
+        return file.read_bytes()
+    try:
+        return array_bytes(file)
+    except UserError as error:
+        raise DecodeError(str(error)) from error
 
 
 @lru_cache(maxsize=4)

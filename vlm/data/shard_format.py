@@ -29,6 +29,7 @@ BLOCK = 512  # tar's unit
 MAX_KEY_BYTES = 240
 MOST_PARTS = 4096  # of one kind of text in a record; where one has more, that kind is not counted by parts
 DECODER_BITS = {"decord": 1, "pyav": 2}  # best first
+TEXTS = ("subject", "status_before", "status_after")  # of a boundary
 UNKNOWN = -1  # num_frames of a record that was not decoded
 
 # Bytes that may stand in a key as they are. Not "." (webdataset cuts member names there), "/", "%" or "\".
@@ -73,9 +74,9 @@ def index_dtype(
 ) -> np.dtype:
     """One packed row a record. Offsets are bytes from the start of the tar; a member that is absent has -1, 0.
 
-    `questions`: records hold several questions, and a column counts them. `tokens`: a column counts the tokens of
-    their annotation text, and `counted` names further ones that count those of one kind of text (`counted_texts`):
-    name -> most parts that a record has of it; the parts that a record lacks have 0.
+    `questions`: records hold several questions, or boundaries with their texts, and a column counts them. `tokens`: a
+    column counts the tokens of their annotation text, and `counted` names further ones that count those of one kind of
+    text (`counted_texts`): name -> most parts that a record has of it; the parts that a record lacks have 0.
     """
     columns: list[tuple[Any, ...]] = [
         ("key", f"S{key_bytes}"),  # as encode_key writes it
@@ -131,9 +132,13 @@ def counted_texts(annotation: Mapping[str, Any]) -> dict[str, list[list[str]]]:
         found["conversations"] = [[turn.get("value")] for turn in turns]
     boundaries = _objects(annotation.get("boundaries"))
     if boundaries:
-        kinds = ("subject", "status_before", "status_after")
-        found["boundaries"] = [[boundary.get(kind, "")] for boundary in boundaries for kind in kinds]
+        found["boundaries"] = [[boundary.get(kind, "")] for boundary in boundaries for kind in TEXTS]
     return {name: [[text for text in part if isinstance(text, str)] for part in parts] for name, parts in found.items()}
+
+
+def count_asked(annotation: Mapping[str, Any]) -> int:
+    """Samples that a record holds: its questions, or three texts of each of its boundaries."""
+    return len(_list(annotation.get("questions"))) or len(TEXTS) * len(_list(annotation.get("boundaries")))
 
 
 def _list(value: Any) -> Sequence[Any]:

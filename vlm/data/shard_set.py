@@ -122,7 +122,8 @@ class ShardSet:
 
     @property
     def num_questions(self) -> np.ndarray:
-        """(rows,) int32: questions of each record; zeros where the set has none. Mapped, where there are some."""
+        """(rows,) int32: questions of each record, or texts of its boundaries; zeros where the set has none. Mapped,
+        where there are some."""
         return self.index["questions"] if self._counts_questions else np.broadcast_to(np.int32(0), len(self))
 
     @property
@@ -216,10 +217,11 @@ class ShardSet:
                         _check_header(header, name, where, member=member, nbytes=nbytes)
         where = self._where(entry, *whole)
         annotation = _read_annotation(contents.get("json", b""), where)
-        if self._counts_questions and _count_questions(annotation) != entry["questions"]:
+        asked = layout.count_asked(annotation)
+        if self._counts_questions and asked != entry["questions"]:
             raise ShardError(
-                f"{where}: it holds {_count_questions(annotation)} questions, the index says {entry['questions']}; tar "
-                "and index are not of one set"
+                f"{where}: it holds {asked} questions, the index says {entry['questions']}; tar and index are not of "
+                "one set"
             )
         return Record(
             key=layout.decode_key(name),
@@ -272,11 +274,6 @@ def _read_annotation(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(annotation, dict):
         raise ShardError(f"{where}: its annotation is a {type(annotation).__name__}, not an object")
     return annotation
-
-
-def _count_questions(annotation: Mapping[str, Any]) -> int:
-    questions = annotation.get("questions", ())
-    return len(questions) if isinstance(questions, (list, tuple)) else 0
 
 
 def _spans(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

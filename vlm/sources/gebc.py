@@ -4,10 +4,14 @@ Annotations are those of the LOVEU challenge, as LLMVA-GEBC reads them: an objec
 of the trimmed Kinetics clip. The test file has no captions. `video_info.json` (id -> seconds) may be there; boundaries
 are told to a model as parts of that duration. Clips are found below the root by the first 11 letters of their name,
 which are the id (`6q3q3SoZwSY.mp4`, `6q3q3SoZwSY_000010_000020.mp4`).
+
+Features are folders of `{id}.npy` or `{id}.pkl`, one array a video. Each folder is a member: `q_former`,
+`intern_video`, `omni` and `clip` where its name is a published one, else the folder's name.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,9 @@ _FILES = {
     "test": ("test_timestamp.json",),
 }
 _DURATIONS = "video_info.json"
+_FEATURES = (("q_former", "q_former"), ("intern", "intern_video"), ("omni", "omni"), ("clip", "clip"))
+"""What stands in the name of a published folder -> the member that it is."""
+_ARRAYS = (".npy", ".pkl")
 
 
 def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[Sample | Rejected]:
@@ -37,12 +44,15 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
     Args:
         root: the folder of the clips.
         split: only used to find the files where none are given.
-        annotations: the boundaries, and `video_info.json`.
+        annotations: the boundaries, `video_info.json`, and folders of features; without folders of features, those in
+            `{root}/features` and `{root}/data/features`.
 
     Raises UserError for a file that is missing or damaged as a whole.
     """
     finder = VideoFinder(root, id_length=ID_LENGTH)
-    file, videos, durations = _open(list(annotations) or _default_files(root, split))
+    files = [path for path in annotations if not path.is_dir()]
+    features = _open_features([path for path in annotations if path.is_dir()] or _default_features(root))
+    file, videos, durations = _open(files or _default_files(root, split))
     answered = any(name in part for parts in _parts(videos) for part in parts for name in CAPTIONS)
     for video, parts in videos.items():
         where = f"{file} video {video!r}"
@@ -54,17 +64,22 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
         if not boundaries:
             yield Rejected(video, f"{where}: has no boundary that can be used", str(file))
             continue
+        sample = Sample(key=video, annotation={"video": video, "boundaries": boundaries})
+        warnings = _add_features(sample, features)
         path = finder.find(video[:ID_LENGTH])
-        if isinstance(path, str):
+        if isinstance(path, Path):
+            sample.video = path
+        elif not sample.members:
             yield Rejected(video, f"{where}: {path}", str(file))
             continue
-        annotation: dict[str, Any] = {"video": video, "boundaries": boundaries}
-        warnings: tuple[str, ...] = ()
+        elif path[0].isdigit():  # several files have its name
+            warnings.append(path)
         if video in durations:
-            annotation["duration"] = durations[video]
+            sample.annotation["duration"] = durations[video]
         elif durations:
-            warnings = (f"the duration of video {video!r} is not in {_DURATIONS}",)
-        yield Sample(key=video, video=path, annotation=annotation, warnings=warnings)
+            warnings.append(f"the duration of video {video!r} is not in {_DURATIONS}")
+        sample.warnings = tuple(warnings)
+        yield sample
 
 
 def _parts(videos: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
@@ -120,6 +135,40 @@ def _open(files: Sequence[Path]) -> tuple[Path, dict[str, Any], dict[str, float]
             f"{', '.join(map(str, files))}: {len(found) or 'none'} of them hold boundaries, but one is needed"
         )
     return (*found[0], durations)
+
+
+def _default_features(root: Path) -> list[Path]:
+    parents = (root / "features", root / "data" / "features")
+    return [folder for parent in parents if parent.is_dir() for folder in sorted(parent.iterdir()) if folder.is_dir()]
+
+
+def _open_features(folders: Sequence[Path]) -> dict[str, Path]:
+    """Member -> the folder of its arrays. UserError: two folders are one member, or a folder holds no arrays."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        known = [member for mark, member in _FEATURES if mark in folder.name.lower()]
+        name = known[0] if known else re.sub(r"[^a-z0-9_]+", "_", folder.name.lower())
+        if name in found:
+            raise UserError(f"{found[name]} and {folder} both hold the features {name!r}: give one")
+        if not any(file.suffix.lower() in _ARRAYS for file in folder.iterdir()):
+            raise UserError(
+                f"{folder} holds no {' or '.join(_ARRAYS)}: features are one array a video, named by its id"
+            )
+        found[name] = folder
+    return found
+
+
+def _add_features(sample: Sample, features: dict[str, Path]) -> list[str]:
+    """Gives a sample its members. Returns what it lacks."""
+    lacking = []
+    for name, folder in features.items():
+        files = [folder / f"{sample.key[:ID_LENGTH]}{suffix}" for suffix in _ARRAYS]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            lacking.append(f"no features of video {sample.key!r} in {folder}")
+        else:
+            sample.members[f"{name}.npy"] = file
+    return lacking
 
 
 def _default_files(root: Path, split: str) -> list[Path]:

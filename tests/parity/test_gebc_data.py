@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from vlm.data.boundaries import KINDS, LEADS, BoundaryConfig, nearest_places
 from vlm.data.dialogues import DialogueConfig
 from vlm.data.frames import CLIP_COLOURS
+from vlm.data.rng import SampleRng
 from vlm.data.sampling import headtail_frames, uniform_frames
 from vlm.data.templates import PLACE, Media, blip_caption, dialogue, frames_message
 from vlm.data.tokenizers import load_tokenizer
 from vlm.data.transforms import normalize
-from vlm.types import IGNORE, Record
+from vlm.types import IGNORE, Record, Visit
 
 FILE = "gebc_data.json"
 
@@ -118,3 +123,87 @@ def test_exact_labels_are_the_answers_and_their_ends(load_golden, tokenizer):
         assert learnt.split() == "".join(f" {part['a']}\n###" for part in case["QA"]).split()
         spoken = dialogue(turns, "vicuna_v0", "", media)
         assert len(spoken.answers) == len(case["QA"])
+
+
+# LLMVA-GEBC -----------------------------------------------------------------------------------------------------------
+
+
+def test_features_brought_to_one_length(load_golden):
+    for name, want in load_golden("gebc_llmva_data.json")["resize_nearest_source_index"].items():
+        length, count = map(int, name.split("->"))
+        assert nearest_places(length, count).tolist() == want
+
+
+def _array(values: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values.numpy())
+    return file.getvalue()
+
+
+def _boundary_record(item: dict[str, Any], kind: str, text: str | None = None) -> Record:
+    names = ("intern_video", "omni", "clip")
+    others = dict(zip(names, item["other_features_list"], strict=True)) if "other_features_list" in item else {}
+    members = {"q_former": item["image_query_tokens"], **others} if others else {}
+    label = item["prompt"].removeprefix("This video describes the ").partition(".")[0]
+    boundary = {
+        "id": "v_0",
+        "kind": label,
+        "timestamp": item["timestamp"],
+        "prev_timestamp": 0.0,
+        "next_timestamp": item["boundary_duration"],
+        **dict.fromkeys(KINDS, "-"),
+        kind: item["text_input"],
+    }
+    return Record(
+        key="v",
+        shard="s",
+        row=0,
+        video=None,
+        annotation={"duration": item["duration"], "boundaries": [boundary]},
+        num_frames=-1,
+        fps=0,
+        decoders=(),
+        members={f"{name}.npy": _array(values) for name, values in members.items()},
+    )
+
+
+def test_prompts_of_boundaries(load_golden):
+    for label, kind, want in load_golden("gebc_llmva_data.json")["prompts"]:
+        item = {"prompt": f"This video describes the {label}.", "timestamp": 1, "boundary_duration": 2, "duration": 3}
+        asks = BoundaryConfig().asks(_boundary_record({**item, "text_input": "a"}, kind))
+        assert asks[KINDS.index(kind)].question == want
+
+
+def test_a_batch_of_boundaries(load_golden, golden):
+    golden_file = load_golden("gebc_llmva.pt")
+    sizes, given = golden_file["config"], golden_file["inputs"]
+    want, items = given["batch"], given["raw_items"]
+    _, frame_tokens, frame_dim = items[0]["image_query_tokens"].shape
+    config = BoundaryConfig(
+        tokenizer=golden("gebc_tokenizers") / "opt",
+        frame_tokens=frame_tokens,
+        frame_dim=frame_dim,
+        video_tokens=sizes["num_video_query_token"] + sizes["num_other_feat_query_token"],
+        other_dims=tuple(sizes["other_feat_dims"]),
+        other_length=sizes["max_seq_len"],
+        max_caption_length=sizes["max_txt_len"],
+    )
+    examples = []
+    for item in items:
+        kind = next(kind for kind in KINDS if item["prompt"].endswith(LEADS[kind]))
+        record = _boundary_record(item, kind)
+        examples += config.train(record, SampleRng(0), Visit(KINDS.index(kind), 0, ("caption",)))
+    batch = config.collate(examples, SampleRng(0))
+    assert torch.equal(batch.frame_tokens, want["image_query_tokens"].flatten(0, 1))
+    assert batch.frame_counts == (len(want["image_query_tokens"][0]),) * len(items)
+    assert torch.equal(batch.extra["other"], want["other_features_list"].squeeze(2))
+    assert torch.equal(batch.extra["boundary"], want["reference_points"])
+    rows = batch.views["caption"]
+    ids, targets = rows.tokens.split(rows.lengths), rows.targets.split(rows.target_counts)
+    prompts = given["prompt_ids_padded"]
+    for number, (row, learnt) in enumerate(zip(ids, targets)):
+        lead = [sizes["bos_token_id"], *given["video_prefix_ids"], *[0] * config.video_tokens]
+        prompt = prompts[number][given["prompt_attention_mask"][number].bool()].tolist()
+        text = [token for token in given["text_ids"][number].tolist() if token != sizes["pad_token_id"]]
+        assert row.tolist() == lead + prompt + text
+        assert learnt.tolist() == text

@@ -31,7 +31,7 @@ from vlm.types import IGNORE, Ask, Batch, Colours, Control, Example, Prompt, Rec
 
 KINDS = ("subject", "status_before", "status_after")
 """What is written of each boundary, in this order."""
-_LEADS = {
+LEADS = {
     "subject": "The subject is",
     "status_before": "Status before change is",
     "status_after": "Status after change is",
@@ -278,7 +278,7 @@ def nearest_places(length: int, count: int) -> np.ndarray:
 
 
 def _question(boundary: Mapping[str, Any], kind: str) -> str:
-    return f"This video describes the {boundary['kind'].lower()}.{_LEADS[kind]}"
+    return f"This video describes the {boundary['kind'].lower()}.{LEADS[kind]}"
 
 
 def _boundaries(record: Record) -> Sequence[Mapping[str, Any]]:

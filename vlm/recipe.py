@@ -53,6 +53,14 @@ class OptimConfig:
     warmup_peak_twice: bool = True
     """Whether the last step of warmup has the peak already, as VideoMAE's; without, step k of W has k/W of it, as
     LLaMA-Adapter's and all systems after it."""
+    warmup_lr: float = 0.0
+    """Where warmup begins."""
+    warmup_restart: int = 0
+    """Steps after which a warmup that is still on begins anew, as in the published code of Video-LLaMA, which counts it
+    within its epochs (iters_per_epoch); 0: it goes on to its end."""
+    cosine_from_start: bool = False
+    """Count the cosine from the first step, so that after warmup the rate goes on a little below its peak, as
+    Video-LLaMA's and LLMVA-GEBC's; without, from the end of warmup."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     eps: float = 1e-8
@@ -67,10 +75,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
             _require(0 < getattr(self, name) < inf, f"optim.{name}", getattr(self, name), "a finite number above 0")
-        for name in ("min_lr", "warmup_epochs", "weight_decay", "max_grad_norm"):
+        for name in ("min_lr", "warmup_epochs", "warmup_lr", "weight_decay", "max_grad_norm"):
             _require(0 <= getattr(self, name) < inf, f"optim.{name}", getattr(self, name), "a finite number from 0")
         if self.warmup_steps is not None:
             _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more, or none")
+        _require(self.warmup_restart >= 0, "optim.warmup_restart", self.warmup_restart, "0 or more")
+        _require(self.warmup_lr <= self.lr, "optim.warmup_lr", self.warmup_lr, f"at most optim.lr={self.lr}")
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(good, "optim.betas", self.betas, "two numbers from 0 to below 1")
         _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "above 0 and at most 1")

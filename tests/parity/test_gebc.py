@@ -21,7 +21,9 @@ from vlm.models.name_tables import table
 from vlm.models.video_llama import VideoLlama
 from vlm.models.video_llama_names import LLMVA, TOWER, VIDEO_LLAMA, to_ours
 from vlm.nn.qformer import read_memory
+from vlm.recipe import OptimConfig, Recipe, TrainData
 from vlm.run.optim import parameter_groups
+from vlm.run.train import schedule_of
 from vlm.types import IGNORE
 from vlm.weights import rename
 
@@ -253,3 +255,55 @@ class TestLlmva:
         """Else the test above of the original's way would show nothing."""
         batch = g.boundaries(values, range(3))
         assert abs(g.mean_loss(g.llmva(values), batch) - values["outputs"]["loss"]) > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------- schedule
+
+
+def recorded_schedules(values: Any) -> list[tuple[Recipe, int, list[tuple[int, float]]]]:
+    """Our recipe, its number of steps, and recorded (step, rate) of each setting."""
+    found = []
+    for case in values.values():
+        args = case["args"]
+        length = args["iters_per_epoch"]
+        recipe = Recipe(
+            model=None,
+            inputs=None,
+            data=TrainData(shards=""),
+            optim=OptimConfig(
+                lr=args["init_lr"],
+                min_lr=args["min_lr"],
+                warmup_lr=args.get("warmup_start_lr", args["init_lr"]),
+                warmup_steps=args["warmup_steps"],
+                warmup_restart=length,
+                warmup_peak_twice=False,
+                cosine_from_start=True,
+            ),
+            views={"caption": 1.0},
+            global_batch_size=1,
+            steps=length * args["max_epoch"],
+        )
+        rates = [(epoch * length + it, rate) for epoch, it, rate in case["epoch_step_lr"]]
+        found.append((recipe, length * args["max_epoch"], rates))
+    return found
+
+
+def test_schedule(load_golden: Load) -> None:
+    """Through the recipe, as the trainer asks; measured: 1e-20."""
+    cases = recorded_schedules(load_golden("gebc_lr.json"))
+    assert cases
+    for recipe, total, rates in cases:
+        rate = schedule_of(recipe, 1, total)
+        assert_close([rate(step) for step, _ in rates], [want for _, want in rates], rtol=1e-9, atol=0)
+
+
+def test_warmup_goes_on_by_default(load_golden: Load) -> None:
+    """Longer than an epoch, the original's never gets to the peak; ours does unless it is told."""
+    values = load_golden("gebc_lr.json")
+    ((recipe, total, _),) = recorded_schedules({"": values["warmup_longer_than_epoch"]})
+    recipe.optim.warmup_restart = OptimConfig(lr=1.0).warmup_restart
+    warmup = recipe.optim.warmup_steps or 0
+    rates = [schedule_of(recipe, 1, total)(step) for step in range(warmup)]
+    assert rates == sorted(rates)
+    assert rates[0] == recipe.optim.warmup_lr
+    assert rates[-1] == pytest.approx(recipe.optim.lr, rel=0.01)

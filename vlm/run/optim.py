@@ -1,6 +1,7 @@
 """Parameter groups with layer-wise learning-rate decay, and the schedules: pure functions of names and steps.
 
-As published with VideoMAE (arXiv 2203.12602) after BEiT (arXiv 2106.08254, layer-wise decay).
+As published with VideoMAE (arXiv 2203.12602) after BEiT (arXiv 2106.08254, layer-wise decay), LLaMA-Adapter
+(2303.16199) and Video-LLaMA (2306.02858).
 """
 
 from __future__ import annotations
@@ -55,24 +56,38 @@ def _layer_id(model: System, name: str) -> int:
 
 
 def warmup_cosine(
-    step: int, *, total_steps: int, warmup_steps: int, peak: float, final: float, peak_twice: bool = True
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    peak: float,
+    final: float,
+    peak_twice: bool = True,
+    start: float = 0.0,
+    restart: int = 0,
+    from_start: bool = False,
 ) -> float:
-    """The value of a schedule at one optimizer step: linear warmup from 0, then half a cosine from `peak` to `final`.
+    """The value of a schedule at one optimizer step: linear warmup, then half a cosine from `peak` to `final`.
 
-    W = warmup_steps values evenly spaced over [0, peak], both ends included (so step 0 is exactly 0 where there is a
-    warmup, and `peak` comes twice), or without `peak_twice` peak * k / W at step k < W; then for i = 0 … R - 1,
-    R = total_steps - W: final + (peak - final) / 2 * (1 + cos(pi i / R)), which stops one short of `final`.
+    W = warmup_steps values evenly spaced over [start, peak], both ends included (so step 0 is exactly `start` where
+    there is a warmup, and `peak` comes twice), or without `peak_twice` start + (peak - start) k / W at step k < W; then
+    for i = 0 … R - 1, R = total_steps - W: final + (peak - final) / 2 * (1 + cos(pi i / R)), which stops one short of
+    `final`.
 
     Args:
         step: 0 … total_steps - 1.
         warmup_steps: 0 … total_steps.
         peak_twice: as VideoMAE's schedule has it; without, as MAE's and LLaMA-Adapter's.
+        restart: steps after which warmup begins anew while it is on; 0: it does not.
+        from_start: i is the step itself and R total_steps, as in Video-LLaMA's schedule.
     """
     assert 0 <= step < total_steps, f"step {step} of {total_steps}"
     assert 0 <= warmup_steps <= total_steps, f"{warmup_steps} warmup steps of {total_steps}"
-    if step < warmup_steps and not peak_twice:
-        return peak * step / warmup_steps
     if step < warmup_steps:
-        return peak if step == warmup_steps - 1 > 0 else step * (peak / max(warmup_steps - 1, 1))
-    turn = math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))
+        done = step % restart if restart else step
+        if not peak_twice:
+            return start + (peak - start) * done / warmup_steps
+        return peak if done == warmup_steps - 1 > 0 else start + done * ((peak - start) / max(warmup_steps - 1, 1))
+    before = 0 if from_start else warmup_steps
+    turn = math.cos(math.pi * (step - before) / (total_steps - before))
     return final + 0.5 * (peak - final) * (1 + turn)

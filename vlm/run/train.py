@@ -196,6 +196,9 @@ def schedule_of(recipe: Recipe, records: int, total_steps: int) -> Callable[[int
         peak=optim.lr,
         final=optim.min_lr,
         peak_twice=optim.warmup_peak_twice,
+        start=optim.warmup_lr,
+        restart=optim.warmup_restart,
+        from_start=optim.cosine_from_start,
     )
 
 

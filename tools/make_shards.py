@@ -19,10 +19,12 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 from vlm.data.shard_ranks import count_ranks, mpi_ranks
 from vlm.data.shards import DEFAULT_SHARD_SIZE, Reencode, Task, Written, write_shards
 from vlm.run.progress import ProgressLine
+from vlm.sources.common_features import open_tensor_files, with_tensors
 from vlm.sources.common_loading import available_sources, load_source
 from vlm.types import UserError
 
@@ -40,6 +42,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--annotations", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
                         help="annotation files (default: looked for under --root by published names)")  # fmt: skip
+    parser.add_argument("--features", nargs="+", action="extend", default=[], metavar="FILE|NAME=FOLDER",
+                        help="tensors that go beside the records of any source: a file of tools/extract_features.py, "
+                             "or a folder of files KEY.npy")  # fmt: skip
     parser.add_argument("--workers", type=int, default=None, metavar="N",
                         help="processes, each building whole shards (default: cores; mpirun: one a rank)")  # fmt: skip
     parser.add_argument("--no-check", action="store_true",
@@ -125,15 +130,21 @@ def _elsewhere(count: int) -> str:
 def write(options: argparse.Namespace, progress: ProgressLine, ranks: Executor | None) -> Written:
     """The call of write_shards that the command line asks for."""
     changes = {name: getattr(options, name) for name in _REENCODING if getattr(options, name) is not None}
+    arguments: dict[str, Any] = {
+        "source": options.source,
+        "split": options.split,
+        "root": str(options.root),
+        "annotations": [str(file) for file in options.annotations],
+    }
+    items = load_source(options.source).read(options.root, options.split, options.annotations)
+    if options.features:
+        files = open_tensor_files(options.features)
+        items = with_tensors(items, files)
+        arguments["tensors"] = {name: said for file in files for name, said in file.tensors.items()}
     return write_shards(
-        load_source(options.source).read(options.root, options.split, options.annotations),
+        items,
         options.out,
-        arguments={
-            "source": options.source,
-            "split": options.split,
-            "root": str(options.root),
-            "annotations": [str(file) for file in options.annotations],
-        },
+        arguments=arguments,
         check=not options.no_check,
         shard_size=options.shard_size,
         shard_samples=options.shard_samples,

@@ -12,16 +12,21 @@ from encoded import damaged, encode, pictures, truncated
 from vlm.data import frame_pool
 from vlm.data.frame_pixels import Stretch
 from vlm.data.frame_pool import End, Frames, read_frames
+from vlm.data.frame_readers import Prepare, RateReader
 from vlm.data.video import decode
 
 SMALL = Stretch(width=16, height=12)
+
+
+def at_rate(fps: float, prepare: Prepare = SMALL) -> RateReader:
+    return RateReader(fps=fps, prepare=prepare)
 
 
 def collect(events) -> tuple[dict[int, np.ndarray], dict[int, End]]:
     parts: dict[int, list[np.ndarray]] = {}
     ends: dict[int, End] = {}
     for event in events:
-        assert event.at not in ends
+        assert event.at == len(ends)  # one video after the other
         if isinstance(event, End):
             ends[event.at] = event
         elif event.begins:
@@ -41,8 +46,8 @@ def paths(tmp_path: Path) -> list[Path]:
 
 
 def test_processes_give_what_one_gives(paths: list[Path]) -> None:
-    alone, ends = collect(read_frames(paths, fps=12, prepare=SMALL, workers=0))
-    together, their_ends = collect(read_frames(paths, fps=12, prepare=SMALL, workers=3))
+    alone, ends = collect(read_frames(paths, at_rate(12), workers=0))
+    together, their_ends = collect(read_frames(paths, at_rate(12), workers=3))
     assert ends == their_ends
     assert [len(alone[at]) for at in range(4)] == [3, 40, 1, 18]
     assert alone.keys() == together.keys()
@@ -57,7 +62,7 @@ def test_processes_give_what_one_gives(paths: list[Path]) -> None:
 
 def test_half_read_is_no_answer(paths: list[Path]) -> None:
     """Whoever stops early ends the processes too: nothing hangs, nothing is left running."""
-    events = read_frames(paths, fps=12, prepare=SMALL, workers=2)
+    events = read_frames(paths, at_rate(12), workers=2)
     assert isinstance(next(events), Frames | End)
     events.close()
 
@@ -79,7 +84,7 @@ def test_video_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
     for number in range(4):
         size = (16, 14) if number == 1 else (16, 12)
         (tmp_path / f"{number}.mp4").write_bytes(encode(pictures(24, *size, seed=number)))
-    found, ends = collect(read_frames(sorted(tmp_path.iterdir()), fps=12, prepare=Deadly(), workers=2))
+    found, ends = collect(read_frames(sorted(tmp_path.iterdir()), at_rate(12, Deadly()), workers=2))
     assert {at: end.failure for at, end in ends.items() if end.failure} == {
         1: "decoding ended its process (SIGSEGV), 2 times"
     }
@@ -90,5 +95,5 @@ def test_video_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(frame_pool, "SECONDS_OF_SILENCE", 4.0)
     (tmp_path / "0.mp4").write_bytes(encode(pictures(2, 16, 12)))
     os.mkfifo(tmp_path / "1.mp4")
-    found, ends = collect(read_frames(sorted(tmp_path.iterdir()), fps=12, prepare=SMALL, workers=1))
+    found, ends = collect(read_frames(sorted(tmp_path.iterdir()), at_rate(12), workers=1))
     assert (len(found[0]), ends[1].failure) == (2, "decoding took more than 4 s, 2 times")

@@ -108,7 +108,7 @@ def test_tasks_at_once(clips: Path, whole: dict[str, bytes], tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(shards, "join"), (shard_join, "_write_index"), (shard_join, "replace_file"), (shards, "_remove_work")],
+    [(shards, "join"), (shard_join, "_write_index"), (shard_join, "replace_file"), (shards, "remove_work")],
 )
 def test_two_that_finish_at_once(
     module: ModuleType, name: str, clips: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

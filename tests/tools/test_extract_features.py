@@ -203,7 +203,7 @@ def test_rate_goes_with_the_features(nextqa: Path, clip: Path, tmp_path: Path, e
     assert (code, record.annotation["features"], len(read_features(record))) == (0, {"name": "f", "fps": 4.0}, 4)
     other = extract(*command, "--fps", 2)
     assert other.returncode == 2
-    assert "begun with other settings (fps: 4.0 -> 2.0; there -> now)" in other.stderr
+    assert "begun with other settings (tensors.features.frames.fps: 4.0 -> 2.0; there -> now)" in other.stderr
     torch.save(dict.fromkeys(["a"], torch.ones(1)), tmp_path / "no.pth")
     assert "written as .safetensors" in extract(*command[:6], tmp_path / "no.pth", *command[7:]).stderr
 
@@ -281,7 +281,9 @@ def test_killed_run_goes_on_where_it_was(
     held_up.write_bytes(data)
     assert not out.exists()
     other = extract(*command, "--fps", "2")
-    assert f"{parts} was begun with other settings (fps: 4.0 -> 2.0; there -> now)" in other.stderr
+    assert (
+        f"{parts} was begun with other settings (tensors.features.frames.fps: 4.0 -> 2.0; there -> now)" in other.stderr
+    )
     kept = sum(len(load_file(part)) for part in parts.glob("part-*"))
     assert 0 < kept <= 41
     done = extract(*command, "--batch-size", "64")

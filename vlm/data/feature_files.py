@@ -5,8 +5,10 @@
     FILE.rejected.json          videos that have none, with the reason
     FILE                        written last; then the parts go
 
-FILE is safetensors: video -> (frames, width) float16, and in its metadata `settings` and `warnings` (both JSON). Videos
-that were rejected are tried again by the next run, with FILE there or not.
+FILE is safetensors: video -> (frames, width) float16, as published files are, and in its metadata `settings` and
+`warnings` (both JSON). Tensors that are not called `features` are NAME/video, of any shape and dtype, and `settings`
+says in `tensors` what made each NAME. Videos that were rejected are tried again by the next run, with FILE there or
+not.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,16 +30,23 @@ from vlm.config import differences
 from vlm.types import Rejected, UserError
 from vlm.weights import atomic_file, open_tensors, write_safetensors
 
+FEATURES = ("features",)
 Warnings = dict[str, tuple[str, ...]]  # video -> what the user should know though it is kept
 
 
 class FeatureFiles:
-    """The files of one extraction. `settings`: JSON-able; what decides over the features."""
+    """The files of one extraction.
 
-    def __init__(self, file: Path, settings: Mapping[str, Any]) -> None:
+    Args:
+        settings: JSON-able; what decides over the features.
+        names: of the tensors of each video.
+    """
+
+    def __init__(self, file: Path, settings: Mapping[str, Any], names: Collection[str] = FEATURES) -> None:
         if file.suffix != ".safetensors":
             raise UserError(f"{file}: features are written as .safetensors (and from it, on demand, as .pth)")
         self.file = file
+        self.names = tuple(sorted(names))
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.parts = beside(file, "parts")
         self.rejections = beside(file, "rejected.json")
@@ -84,12 +93,24 @@ class FeatureFiles:
 
     def done(self) -> set[str]:
         """Videos that have features already."""
-        return {video for path in self._sources() for video in open_tensors(path)}
+        stored = {name for path in self._sources() for name in open_tensors(path)}
+        if self.names == FEATURES:
+            return stored
+        first = f"{self.names[0]}/"  # a part has all of a video or nothing
+        return {name.removeprefix(first) for name in stored if name.startswith(first)}
 
-    def write_part(self, features: Mapping[str, Tensor], warnings: Warnings) -> None:
-        """Keep the features of some videos, (frames, width) float16 each, whatever happens next."""
-        name = hashlib.sha256("\n".join(sorted(features)).encode()).hexdigest()[:16]
-        write_safetensors(self.parts / f"part-{name}.safetensors", features, {"warnings": json.dumps(warnings)})
+    def write_part(self, videos: Mapping[str, Mapping[str, Tensor]], warnings: Warnings) -> None:
+        """Keep the tensors of some videos, by video and name, whatever happens next."""
+        for video, tensors in videos.items():
+            if tuple(sorted(tensors)) != self.names:
+                raise UserError(f"the encoder gave {sorted(tensors)} of {video!r}, not {list(self.names)}")
+        name = hashlib.sha256("\n".join(sorted(videos)).encode()).hexdigest()[:16]
+        stored = {
+            stored_name(name, video): tensor.contiguous()
+            for video, tensors in videos.items()
+            for name, tensor in tensors.items()
+        }
+        write_safetensors(self.parts / f"part-{name}.safetensors", stored, {"warnings": json.dumps(warnings)})
 
     def finish(self, videos: Iterable[str], rejected: Iterable[Rejected], max_rejected: float) -> dict[str, int]:
         """Join the parts: FILE of those of `videos` that have features, after the list of those that have none.
@@ -102,13 +123,17 @@ class FeatureFiles:
         for path in self._sources():
             loaders |= open_tensors(path)
             warnings |= _read_json(path, "warnings")
-        features = {video: loaders[video]() for video in wanted if video in loaders}  # mapped, not read
-        warnings = {video: warnings[video] for video in sorted(features) if video in warnings}
+        kept = {video for video in wanted if stored_name(self.names[0], video) in loaders}
+        features = {  # mapped, not read
+            stored: loaders[stored]() for video in wanted if video in kept for stored in map(_of(video), self.names)
+        }
+        warnings = {video: warnings[video] for video in sorted(kept) if video in warnings}
         lost = sorted(rejected)
-        missing = set(wanted) - features.keys() - {row.key for row in lost}
+        missing = set(wanted) - kept - {row.key for row in lost}
         assert not missing, f"neither features nor a reason: {sorted(missing)[:5]}"
-        counts = {"listed": len(features) + len(lost), "kept": len(features), "rejected": len(lost),
-                  "frames": sum(len(rows) for rows in features.values()), "warnings": len(warnings)}  # fmt: skip
+        frames = sum(len(features[stored_name(self.names[0], video)]) for video in kept)
+        counts = {"listed": len(kept) + len(lost), "kept": len(kept), "rejected": len(lost), "frames": frames,
+                  "warnings": len(warnings)}  # fmt: skip
         report = {"counts": counts, "rejected": [row._asdict() for row in lost], "warnings": warnings}
         with atomic_file(self.rejections) as out:
             out.write(json.dumps(report, indent=1, ensure_ascii=False).encode())
@@ -125,6 +150,15 @@ class FeatureFiles:
         for part in self.parts.glob("part-*"):
             part.unlink()
         return counts
+
+
+def stored_name(name: str, video: str) -> str:
+    """What the tensor `name` of a video is called in a file."""
+    return video if (name,) == FEATURES else f"{name}/{video}"
+
+
+def _of(video: str) -> Callable[[str], str]:
+    return lambda name: stored_name(name, video)
 
 
 def beside(file: Path, ending: str) -> Path:

@@ -1,7 +1,8 @@
-"""Pictures of many videos at a steady rate, decoded in processes, ahead of whoever reads them.
+"""Pictures of many videos, decoded in processes, ahead of whoever reads them, and in order all the same.
 
-    for event in read_frames(paths, fps=1.0, prepare=CentreCrop(short_side=224, crop=224), workers=8):
-        ...  # Frames of a video in order, then its End
+    reader = RateReader(fps=1.0, prepare=CentreCrop(short_side=224, crop=224))
+    for event in read_frames(paths, reader, workers=8):
+        ...  # Frames of a video in order, then its End; then the next video
 
 A file that crashes or hangs a decoder takes its process with it, not the run: it is begun again, and the second time
 it is given up, with its reason.
@@ -16,57 +17,59 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm.data.video import DecodeError, frames_at
+from vlm.data.shard_format import ShardError
+from vlm.data.video import DecodeError
 
 CHUNK = 16  # pictures that travel together
-AHEAD = 64  # chunks that wait for the reader at most
+AHEAD = 16  # chunks that wait for the reader at most
+EARLY = 256 << 20  # bytes of pictures, of videos whose turn has not come, beyond which their processes have to wait
 SECONDS_OF_SILENCE = 300.0  # of a process before it is ended
 LOSSES = 2  # times that a process is lost at a video before the video is given up
 
-Prepare = Callable[[np.ndarray], np.ndarray]  # uint8 (H, W, 3) of any size -> uint8 (h, w, 3) of one size; picklable
+Reader = Callable[[Any, list[str]], Iterable[np.ndarray]]
+"""item, list for warnings -> its pictures, arrays of one shape and dtype; picklable (vlm.data.frame_readers)."""
 
 
 class Frames(NamedTuple):
-    """Some pictures of the video paths[at]."""
+    """Some pictures of the video items[at]."""
 
     at: int
     begins: bool  # the video's first: what came of it before, from a process that was lost, counts no more
-    pixels: np.ndarray  # uint8 (n, h, w, 3)
+    pixels: np.ndarray  # (n, …) as the reader gives them
 
 
 class End(NamedTuple):
-    """All has come of the video paths[at], or nothing of it counts since it cannot be read."""
+    """All has come of the video items[at], or nothing of it counts since it cannot be read."""
 
     at: int
     failure: str  # one sentence; "": none
     warnings: tuple[str, ...] = ()
 
 
-def read_frames(paths: Sequence[Path], *, fps: float, prepare: Prepare, workers: int) -> Iterator[Frames | End]:
-    """Events of all videos; those of one are in order, those of several may be mixed. workers 0: in this process."""
+def read_frames(items: Sequence[Any], reader: Reader, *, workers: int) -> Iterator[Frames | End]:
+    """Events of all videos, one video after the other. workers 0: in this process."""
     if not workers:
-        for at, path in enumerate(paths):
-            yield from _read_video(at, path, fps, prepare)
+        for at, item in enumerate(items):
+            yield from _read_video(at, item, reader)
         return
-    yield from _ahead(_from_processes(paths, fps, prepare, min(workers, len(paths))))
+    yield from _ahead(_from_processes(items, reader, min(workers, len(items))))
 
 
-def _read_video(at: int, path: Path, fps: float, prepare: Prepare) -> Iterator[Frames | End]:
+def _read_video(at: int, item: Any, reader: Reader) -> Iterator[Frames | End]:
     warnings: list[str] = []
     begins = True
     try:
-        pictures = map(prepare, frames_at(path, fps, warnings))
+        pictures = iter(reader(item, warnings))
         while chunk := list(itertools.islice(pictures, CHUNK)):
             yield Frames(at, begins, np.stack(chunk))
             begins = False
-    except (DecodeError, MemoryError, OSError) as error:
+    except (DecodeError, ShardError, MemoryError, OSError) as error:
         yield End(at, str(error) or type(error).__name__)
     else:
         yield End(at, "", tuple(warnings))
@@ -111,35 +114,71 @@ def _ahead(events: Iterator[Frames | End]) -> Iterator[Frames | End]:
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
-def _from_processes(paths: Sequence[Path], fps: float, prepare: Prepare, workers: int) -> Iterator[Frames | End]:
-    jobs = deque(range(len(paths)))
+class _Turn:
+    """Whose turn it is, and what came early."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self.early: dict[int, list[Frames | End]] = {}
+        self.nbytes = 0
+
+    def take(self, event: Frames | End) -> Iterator[Frames | End]:
+        """The events that may go on now."""
+        if event.at != self.at:
+            if isinstance(event, Frames) and event.begins:
+                self._forget(event.at)
+            self.early.setdefault(event.at, []).append(event)
+            self.nbytes += _nbytes(event)
+            return
+        yield event
+        while isinstance(event, End):
+            self.at += 1
+            waiting = self.early.get(self.at, [])
+            yield from waiting
+            self._forget(self.at)
+            if not waiting:
+                return
+            event = waiting[-1]
+
+    def _forget(self, at: int) -> None:
+        self.nbytes -= sum(map(_nbytes, self.early.pop(at, [])))
+
+
+def _nbytes(event: Frames | End) -> int:
+    return event.pixels.nbytes if isinstance(event, Frames) else 0
+
+
+def _from_processes(items: Sequence[Any], reader: Reader, workers: int) -> Iterator[Frames | End]:
+    jobs = deque(range(len(items)))
     losses: Counter[int] = Counter()
+    turn = _Turn()
     crew: list[_Worker] = []
     try:
-        crew += [_Worker(fps, prepare) for _ in range(workers)]
+        crew += [_Worker(reader) for _ in range(workers)]
         for worker in crew:
-            worker.give(jobs.popleft(), paths)
+            worker.give(jobs.popleft(), items)
         while busy := [worker for worker in crew if worker.at is not None]:
-            ready = wait([worker.connection for worker in busy], timeout=1.0)
-            for worker in busy:
+            heard = [worker for worker in busy if turn.nbytes <= EARLY or worker.at == turn.at]  # others wait at a pipe
+            ready = wait([worker.connection for worker in heard], timeout=1.0)
+            for worker in heard:
                 at = worker.at
                 assert at is not None
                 event = worker.listen() if worker.connection in ready else worker.hangs()
                 if isinstance(event, str):  # how it was lost
                     losses[at] += 1
                     if losses[at] >= LOSSES:
-                        yield End(at, f"decoding {event}, {LOSSES} times")
+                        yield from turn.take(End(at, f"decoding {event}, {LOSSES} times"))
                     else:
                         jobs.appendleft(at)
                     worker.stop()
-                    crew[crew.index(worker)] = worker = _Worker(fps, prepare)
+                    crew[crew.index(worker)] = worker = _Worker(reader)
                 elif event is not None:
-                    yield event
+                    yield from turn.take(event)
                 if worker.at is None and jobs:
-                    worker.give(jobs.popleft(), paths)
+                    worker.give(jobs.popleft(), items)
             idle = [worker for worker in crew if worker.at is None]
             while idle and jobs:  # a video to begin again after its process was replaced
-                idle.pop().give(jobs.popleft(), paths)
+                idle.pop().give(jobs.popleft(), items)
     finally:
         for worker in crew:
             worker.stop()
@@ -148,20 +187,20 @@ def _from_processes(paths: Sequence[Path], fps: float, prepare: Prepare, workers
 class _Worker:
     """A process and the video that it reads."""
 
-    def __init__(self, fps: float, prepare: Prepare) -> None:
+    def __init__(self, reader: Reader) -> None:
         # A clean process: nothing of the caller's threads; and unlike a fork server's, no socket file that outlives
         # a caller that is killed.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, fps, prepare), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, reader), daemon=True)
         self.process.start()
         theirs.close()
         self.at: int | None = None
         self._heard = 0.0
 
-    def give(self, at: int, paths: Sequence[Path]) -> None:
+    def give(self, at: int, items: Sequence[Any]) -> None:
         self.at, self._heard = at, time.monotonic()
-        self.connection.send((at, paths[at]))
+        self.connection.send((at, items[at]))
 
     def listen(self) -> Frames | End | str:
         """One event, or how the process was lost."""
@@ -190,13 +229,13 @@ class _Worker:
         self.connection.close()
 
 
-def _work(connection: Connection, fps: float, prepare: Prepare) -> None:
+def _work(connection: Connection, reader: Reader) -> None:
     """A worker process: reads the videos that it is given, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
     try:
         while True:
-            at, path = connection.recv()
-            for event in _read_video(at, path, fps, prepare):
+            at, item = connection.recv()
+            for event in _read_video(at, item, reader):
                 connection.send(event)
     except (EOFError, ConnectionError):
         return

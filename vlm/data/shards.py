@@ -109,7 +109,7 @@ def write_shards(
     settings = Settings(check=check, reencode=reencode, tokenizer=tokenizer)
     if (out / layout.MANIFEST).exists():
         return _complete(listing, task)
-    with _locked(out, alone=task is None) as work:
+    with locked(out, alone=task is None) as work:
         if (out / layout.MANIFEST).exists():  # by now
             return _complete(listing, task)
         try:
@@ -124,7 +124,7 @@ def write_shards(
             if task is None or not (out / layout.MANIFEST).exists():
                 raise
             return _complete(listing, task)  # another task had built all of this one's share, and finished
-    _remove_work(out)
+    remove_work(out)
     return Written(manifest, out / layout.MANIFEST, already_complete=False)
 
 
@@ -165,7 +165,7 @@ def _complete(listing: _Listing, task: Task | None) -> Written:
     manifest = ShardSet(listing.out).manifest
     begun = manifest | {"listed": manifest["counts"]["listed"]}
     _refuse_other(begun, listing, task)
-    _remove_work(listing.out)
+    remove_work(listing.out)
     return Written(manifest, listing.out / layout.MANIFEST, already_complete=True)
 
 
@@ -201,7 +201,7 @@ def _with_times_in_seconds(items: Iterable[Sample | Rejected], how: Reencode) ->
 
 
 @contextmanager
-def _locked(out: Path, alone: bool) -> Iterator[Path]:
+def locked(out: Path, alone: bool) -> Iterator[Path]:
     """The folder for unfinished work, held by this process alone or beside other tasks.
 
     The lock goes with the process, however it ends. It keeps a call for the whole set from tasks and other such calls;
@@ -231,7 +231,7 @@ def _locked(out: Path, alone: bool) -> Iterator[Path]:
             if alone:
                 _remove_left(work)
                 if not (work / HEAD).exists():  # nothing was begun: leave nothing behind
-                    _remove_work(out)
+                    remove_work(out)
             raise
 
 
@@ -241,7 +241,7 @@ def _remove_left(work: Path) -> None:
         left.unlink(missing_ok=True)
 
 
-def _remove_work(out: Path) -> None:
+def remove_work(out: Path) -> None:
     """Remove what only an unfinished set needs, and an empty `out`."""
     work = out / layout.UNFINISHED
     with suppress(FileNotFoundError):  # another task removes it too

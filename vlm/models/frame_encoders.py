@@ -1,15 +1,17 @@
 """CLIP's image encoder (Radford et al. 2021, https://arxiv.org/abs/2103.00020) as an encoder of frames.
 
 The published features of NExT-QA, STAR, TVQA and their like are its `image_embeds`, not normalised: ViT-L/14, 768 wide.
-An encoder of frames is a module with `width`, `prepare` (a picture -> the uint8 picture that it wants) and a `forward`
-from uint8 pictures to features; vlm/models/glimpse.py is another one.
+What its layers hold (`States`) is what other systems read. An encoder of frames is a module with `prepare` (a picture
+-> the uint8 picture that it wants) and a `forward` from uint8 pictures to a tensor called `features`, or to several by
+name; vlm/models/glimpse.py and vlm/models/tower_frames.py are others. More of the contract: vlm/run/encode.py.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,19 @@ _CONSTANT = "vision_model.embeddings.position_ids"  # stored by older versions
 _BICUBIC = 3  # Pillow's number
 
 
+class States(NamedTuple):
+    """What a layer of CLIP holds."""
+
+    layer: int  # 0: the embeddings; 1 … the number of layers; -1: the last, -2: the one before it
+    tokens: Literal["cls", "patches"]
+
+
 class ClipFrames(nn.Module):
-    """`forward`: uint8 (n, crop, crop, 3) -> `image_embeds` (n, width) float32, not normalised to length 1."""
+    """`forward`: uint8 (n, crop, crop, 3) -> `image_embeds` (n, width) float32, not normalised to length 1.
+
+    With `states` it gives {name: states of that layer} in their place: of the class token, (n, D), or of all patches,
+    (n, patches, D), without the class token; no norm behind the layer is applied.
+    """
 
     def __init__(
         self,
@@ -37,22 +50,30 @@ class ClipFrames(nn.Module):
         prepare: CentreCrop,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        states: Mapping[str, States] | None = None,
     ) -> None:
         super().__init__()
+        self.states = dict(states or {})
         self.model = model
         self.width = width
         self.prepare = prepare
         self.mean, self.std = mean, std
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(self, frames: Tensor) -> Tensor | dict[str, Tensor]:
         mean, std = (torch.tensor(values, device=frames.device) for values in (self.mean, self.std))
         pixels = ((frames.float() / 255 - mean) / std).permute(0, 3, 1, 2)
         dtype = next(self.model.parameters()).dtype
-        return self.model(pixel_values=pixels.to(dtype)).image_embeds.float()
+        if not self.states:
+            return self.model(pixel_values=pixels.to(dtype)).image_embeds.float()
+        layers = self.model(pixel_values=pixels.to(dtype), output_hidden_states=True).hidden_states
+        return {
+            name: (layers[layer][:, 0] if tokens == "cls" else layers[layer][:, 1:]).float()
+            for name, (layer, tokens) in self.states.items()
+        }
 
 
-def load_clip(folder: Path) -> ClipFrames:
-    """The image encoder of a Hugging Face folder of CLIP, on the CPU in float32.
+def load_clip(folder: Path, states: Mapping[str, States] | None = None) -> ClipFrames:
+    """The image encoder of a Hugging Face folder of CLIP, on the CPU in float32; with `states` see ClipFrames.
 
     Pictures are resized, cut and normalised as its preprocessor_config.json says, else as CLIP's own. UserError: the
     folder is absent, of another model, lacks a tensor (none is left at random), or asks for what is not done here.
@@ -77,7 +98,13 @@ def load_clip(folder: Path) -> ClipFrames:
     file = folder / "preprocessor_config.json"
     size = int(model.config.image_size)
     prepare, mean, std = _preprocessing(_read(file) if file.is_file() else {}, size, file)
-    return ClipFrames(model, width=int(model.config.projection_dim), prepare=prepare, mean=mean, std=std)
+    for name, (layer, _) in (states or {}).items():
+        if not -1 - model.config.num_hidden_layers <= layer <= model.config.num_hidden_layers:
+            raise UserError(
+                f"{name}: layer {layer} of an encoder of {model.config.num_hidden_layers} layers ({folder})"
+            )
+    width = int(model.config.projection_dim)
+    return ClipFrames(model, width=width, prepare=prepare, mean=mean, std=std, states=states)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,9 +1,15 @@
-"""Files of features of frames, published or from `tools/extract_features.py`, as members of samples."""
+"""Files of features, published or from `tools/extract_features.py`, as members of samples.
+
+`open_features` is about features of frames as questions about videos are published with (member `features.npy`).
+Tensors of any shape and name go beside any source's samples: `open_tensor_files`, `with_tensors` (member
+`NAME.safetensors`).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vlm.types import Sample, StoredArray, UserError
+from vlm.types import Rejected, Sample, StoredArray, UserError
 from vlm.weights import open_tensors
 
 FEATURE_SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -59,8 +65,100 @@ def open_features(files: Sequence[Path]) -> FeatureFile | None:
             found.videos[video] = f"features of dtype {tensor.dtype} in {found.file}, not float16 or float32"
         else:
             found.videos[video] = StoredArray(found.file, video, tensor.numel() * tensor.element_size())
-    if found.file.suffix.lower() == ".safetensors":
-        with safe_open(found.file, framework="pt") as content:
-            settings: dict[str, Any] = json.loads((content.metadata() or {}).get("settings", "{}"))
-        found.fps = settings.get("fps")
+    found.fps = _fps(read_settings(found.file))
     return found
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What a file of `tools/extract_features.py` says that it was made of; {}: it is another's."""
+    if file.suffix.lower() != ".safetensors":
+        return {}
+    with safe_open(file, framework="pt") as content:
+        return json.loads((content.metadata() or {}).get("settings", "{}"))
+
+
+def _fps(settings: dict[str, Any]) -> float | None:
+    frames = settings.get("tensors", {}).get("features", {}).get("frames", {})
+    return frames.get("fps", settings.get("fps"))  # where files had it first
+
+
+# Tensors of any name -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFile:
+    """Tensors by video, in one file of NAME/video or in a folder of a file a video. Nothing is copied."""
+
+    place: Path
+    tensors: dict[str, dict[str, Any]]  # name -> what made it, as far as is known
+    stored: dict[str, int] | None  # name in the file -> bytes; None: a folder
+
+    def members_of(self, video: str) -> dict[str, Path | StoredArray]:
+        """The members of one video that are there."""
+        if self.stored is None:
+            (name,) = self.tensors
+            files = ((ending, self.place / f"{video}{ending}") for ending in _FOLDER_ENDINGS)
+            return next(
+                ({f"{name}.npy" if e == ".npy" else f"{name}.safetensors": f} for e, f in files if f.is_file()), {}
+            )
+        return {
+            f"{name}.safetensors": StoredArray(self.place, f"{name}/{video}", self.stored[f"{name}/{video}"])
+            for name in self.tensors
+            if f"{name}/{video}" in self.stored
+        }
+
+
+_FOLDER_ENDINGS = (".npy", ".safetensors")
+
+
+def open_tensor_files(given: Sequence[str]) -> list[TensorFile]:
+    """Each of FILE.safetensors (of tools/extract_features.py) or NAME=FOLDER (of files VIDEO.npy, as published).
+
+    UserError: it cannot be read, is of another kind, or two hold tensors of one name.
+    """
+    found: list[TensorFile] = []
+    for text in given:
+        name, equals, folder = text.rpartition("=")
+        opened = _open_folder(name, Path(folder)) if equals else _open_file(Path(text))
+        for other in found:
+            twice = opened.tensors.keys() & other.tensors.keys()
+            if twice:
+                raise UserError(f"{other.place} and {opened.place} both hold {min(twice)}: give one")
+        found.append(opened)
+    return found
+
+
+def _open_file(file: Path) -> TensorFile:
+    loaders = open_tensors(file)
+    tensors = read_settings(file).get("tensors", {})
+    if not tensors or "features" in tensors:
+        raise UserError(
+            f"{file} does not say which tensors it holds, as files of tools/extract_features.py do; features of frames "
+            "go among --annotations, and a folder is given as NAME=FOLDER"
+        )
+    sizes = {name: _nbytes(load()) for name, load in loaders.items()}  # mapped, not read
+    return TensorFile(place=file, tensors=tensors, stored=sizes)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _open_folder(name: str, folder: Path) -> TensorFile:
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise UserError(f"{name}={folder}: a name is made of a to z, 0 to 9 and _")
+    if not folder.is_dir():
+        raise UserError(f"{name}={folder}: there is no such folder")
+    return TensorFile(place=folder, tensors={name: {"files": str(folder)}}, stored=None)
+
+
+def with_tensors(items: Iterable[Sample | Rejected], files: Sequence[TensorFile]) -> Iterator[Sample | Rejected]:
+    """The items, with the tensors of each as members; one that lacks some is kept, with a warning."""
+    for item in items:
+        if isinstance(item, Sample):
+            for file in files:
+                members = file.members_of(item.key)
+                item.members |= members
+                lost = file.tensors.keys() - {name.partition(".")[0] for name in members}
+                item.warnings += tuple(f"no {name} of this video in {file.place}" for name in sorted(lost))
+        yield item

@@ -11,9 +11,10 @@ import pytest
 
 from tools import report as report_tool
 from vlm.data.shards import write_shards
-from vlm.run import report, report_clips
+from vlm.run import report_clips
 from vlm.run.charts import Line, line_chart, number, thin, ticks
-from vlm.run.report import wilson, write_report
+from vlm.run.report import write_report
+from vlm.run.report_metrics import DEMO_LIMITS, MEANS, wilson
 from vlm.sources import shapes
 from vlm.types import Prediction, UserError
 
@@ -312,4 +313,4 @@ def test_tool(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
     assert report_tool.main([str(run / "no")]) == 2
     assert "no such folder" in capsys.readouterr().err
-    assert report.MEANS.keys() >= report.DEMO_LIMITS.keys()
+    assert MEANS.keys() >= DEMO_LIMITS.keys()

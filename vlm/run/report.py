@@ -21,31 +21,12 @@ from vlm.files import write_text
 from vlm.metrics.classify import class_accuracy, confusion_matrix
 from vlm.run.charts import Line, line_chart, matrix_chart, number, smooth
 from vlm.run.report_clips import TestClips, strips
+from vlm.run.report_metrics import metrics_table
 from vlm.run.report_questions import kind_rows, questions
 from vlm.run.report_style import STYLE
+from vlm.run.report_texts import kinds_said, texts
 from vlm.run.run_folder import read_json, read_predictions, read_rows
-from vlm.types import Prediction, UserError
-
-MEANS = {
-    "top1": "share of the test clips whose highest score is the true class",
-    "top5": "share of the test clips whose true class is among the five highest scores",
-    "chance": "what guessing would give: one over the number of classes or options",
-    "top1_one_frame": "the same model on one frame of each clip, repeated: what can be guessed without motion",
-    "top1_shuffled_frames": "the same model on the frames in random order: what can be guessed without direction",
-}
-MEANS |= {
-    "accuracy": "share of the questions whose highest score is the right option",
-    "accuracy_blind": "the same model with the video's features zeroed: what can be guessed from the text",
-    "accuracy_mean_of_kinds": "mean over the kinds of questions",
-}
-DEMO_LIMITS = {
-    "top1": (0.85, "at least"),
-    "accuracy": (0.85, "at least"),
-    "accuracy_blind": (0.40, "at most"),
-    "top1_one_frame": (0.35, "at most"),
-    "top1_shuffled_frames": (0.65, "at most"),
-}
-"""What the demo corpus should give if the model has learned motion, and the loader keeps the order of frames."""
+from vlm.types import Prediction, UserError, Writing
 
 
 @dataclass
@@ -58,6 +39,7 @@ class RunFiles:
     metrics: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     predictions: list[Prediction] = field(default_factory=list)
+    writings: list[Writing] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     unscored: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -69,8 +51,11 @@ class RunFiles:
         if len(self.steps) < len(rows):
             self.problems.append(f"metrics.jsonl: {len(rows) - len(self.steps)} lines name no step and are left out")
         tested = not self.about or _at(self.about, "config", "eval") is not None
-        self.metrics = self._read("metrics.json", read_json, {}, wanted=tested)
-        self.predictions = self._read("predictions.jsonl", read_predictions, [], wanted=tested)
+        rows = self._read("predictions.jsonl", read_predictions, [], wanted=tested)
+        self.predictions = [row for row in rows if isinstance(row, Prediction)]
+        self.writings = [row for row in rows if isinstance(row, Writing)]
+        scored = not self.writings or any(writing.references for writing in self.writings)
+        self.metrics = self._read("metrics.json", read_json, {}, wanted=tested and scored)
         self.evaluation = self._read("evaluation.json", read_json, {}, wanted=False)
         self.quarantine = self._read("quarantine.jsonl", lambda path: read_rows(path, self.problems), [], wanted=False)
         self.unscored = self._read("unscored.jsonl", lambda path: read_rows(path, self.problems), [], wanted=False)
@@ -124,6 +109,7 @@ def write_report(run_dir: Path) -> Path:
         ("", _headline),
         ("Training", _training),
         ("Questions", _questions),
+        ("Texts", _texts),
         ("Test clips", _clips),
         ("Confusion", _confusion),
         ("Records that could not be used", _unusable),
@@ -162,22 +148,9 @@ def _problems(run: RunFiles) -> str:
 
 def _headline(run: RunFiles) -> str:
     """The metrics with what they mean, and one line on the run as a whole."""
-    limits = DEMO_LIMITS if str(run.about.get("recipe", "")).endswith(".demo") else {}
-    rows = []
-    for name, value in run.metrics.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            continue
-        means, wanted = escape(MEANS.get(name, "")), ""
-        if name in ("top1", "accuracy") and run.predictions:
-            low, high = wilson(value, len(run.predictions))
-            means += f"; 95 % interval {low:.3f} to {high:.3f}"
-        if name in limits:
-            limit, side = limits[name]
-            kept = value >= limit if side == "at least" else value <= limit
-            wanted = f'<span class="{"good" if kept else "bad"}">{"✓" if kept else "✗"} {side} {limit}</span>'
-        figure = f"{value:.0f}" if name.startswith("num_") else f"{value:.3f}"
-        rows.append(f"<tr><th>{escape(name)}</th><td class=figure>{figure}</td><td>{wanted}</td><td>{means}</td></tr>")
-    return _summary(run) + (f"<table>{''.join(rows)}</table>" if rows else "")
+    is_demo = str(run.about.get("recipe", "")).endswith(".demo")
+    count = len(run.predictions) + sum(bool(writing.references) for writing in run.writings)
+    return _summary(run) + metrics_table(run.metrics, count, is_demo=is_demo)
 
 
 def _summary(run: RunFiles) -> str:
@@ -241,6 +214,12 @@ def _questions(run: RunFiles) -> str:
     rows = [{"kind": name, "right": right, "of": of, "accuracy": f"{right / of:.3f}"} for name, right, of in kinds]
     table = _table(["kind", "right", "of", "accuracy"], rows) if rows else ""
     return f"<p>{said}</p>{table}{questions(run.predictions, run.clips)}"
+
+
+def _texts(run: RunFiles) -> str:
+    if not run.writings:
+        return ""
+    return f"<p>{escape(kinds_said(run.writings))}</p>{texts(run.writings, run.clips)}"
 
 
 def _clips(run: RunFiles) -> str:
@@ -341,14 +320,6 @@ def _leaves(settings: Any, path: str = "") -> list[tuple[str, Any]]:
             leaf for key, value in settings.items() for leaf in _leaves(value, f"{path}.{key}" if path else str(key))
         ]
     return [(path, settings)] if path else []
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` trials (Wilson 1927), as two shares."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _values(rows: list[dict[str, Any]], key: str, finite: bool = False) -> list[float]:

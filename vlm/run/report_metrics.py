@@ -1,0 +1,63 @@
+"""The report's first table: every metric with what it means, how sure it is, and what the demos should reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+MEANS = {
+    "top1": "share of the test clips whose highest score is the true class",
+    "top5": "share of the test clips whose true class is among the five highest scores",
+    "chance": "what guessing would give: one over the number of classes or options",
+    "top1_one_frame": "the same model on one frame of each clip, repeated: what can be guessed without motion",
+    "top1_shuffled_frames": "the same model on the frames in random order: what can be guessed without direction",
+    "accuracy": "share of the questions whose highest score is the right option",
+    "accuracy_blind": "the same model with the video's features zeroed: what can be guessed from the text",
+    "accuracy_mean_of_kinds": "mean over the kinds of questions",
+    "exact_match": "share of the texts that are, word for word, one that people wrote",
+    "exact_match_blind": "the same model with the video zeroed: what can be guessed from the prompt",
+    "bleu4": "runs of up to four words that people wrote too, over all texts (BLEU-4)",
+    "rouge_l": "longest sequence of words in common with what people wrote (ROUGE-L)",
+    "cider": "words in common with what people wrote, rare ones weighing more (CIDEr)",
+}
+DEMO_LIMITS = {
+    "top1": (0.85, "at least"),
+    "accuracy": (0.85, "at least"),
+    "accuracy_blind": (0.40, "at most"),
+    "top1_one_frame": (0.35, "at most"),
+    "top1_shuffled_frames": (0.65, "at most"),
+    "exact_match": (0.80, "at least"),
+    "exact_match_blind": (0.20, "at most"),
+}
+"""What the demo corpus should give if the model has learned motion, and the loader keeps the order of frames."""
+SHARES = ("top1", "accuracy", "exact_match")
+"""Metrics that are shares of all rows, so that they have an interval."""
+
+
+def metrics_table(metrics: Mapping[str, Any], count: int, *, is_demo: bool) -> str:
+    """HTML of the metrics of `count` rows (0: not known); "" where there are none."""
+    rows = []
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        means, wanted = escape(MEANS.get(name, "")), ""
+        if name in SHARES and count:
+            low, high = wilson(value, count)
+            means += f"; 95 % interval {low:.3f} to {high:.3f}"
+        if is_demo and name in DEMO_LIMITS:
+            limit, side = DEMO_LIMITS[name]
+            kept = value >= limit if side == "at least" else value <= limit
+            wanted = f'<span class="{"good" if kept else "bad"}">{"✓" if kept else "✗"} {side} {limit}</span>'
+        figure = f"{value:.0f}" if name.startswith("num_") else f"{value:.3f}"
+        rows.append(f"<tr><th>{escape(name)}</th><td class=figure>{figure}</td><td>{wanted}</td><td>{means}</td></tr>")
+    return f"<table>{''.join(rows)}</table>" if rows else ""
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` trials (Wilson 1927), as two shares."""
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -81,8 +81,7 @@ def metrics_of(rows: Rows, kinds: Mapping[str, Sequence[str]] | None = None) -> 
     if writings:
         from vlm.metrics import caption
 
-        known = [row for row in writings if row.references]
-        return caption.score(known) if known else {}
+        return caption.score(writings) if any(row.references for row in writings) else {}
     predictions = [row for row in rows if isinstance(row, Prediction)]
     if predictions and predictions[0].kind is not None:
         return choice_metrics(predictions, kinds)

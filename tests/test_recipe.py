@@ -28,7 +28,8 @@ def test_every_recipe_builds_and_documents_itself(name):
     json.dumps(to_dict(recipe))
     undocumented = [path for path, _, _, text in describe(recipe) if not text]
     assert undocumented == []
-    overrides = ["model.init_from=none"] if hasattr(recipe.model, "init_from") else []
+    begins = ("init_from", "projection_from")
+    overrides = [f"model.{name}=none" for name in begins if hasattr(recipe.model, name)]
     with torch.device("meta"):
         model = load(name, overrides).model.build()
     if isinstance(recipe.inputs, QuestionConfig):
@@ -36,6 +37,11 @@ def test_every_recipe_builds_and_documents_itself(name):
         sizes = [(part.num_frames, part.feature_dim) for part in (recipe.inputs, recipe.model)]
         assert sizes[0] == sizes[1] or not recipe.model.use_video
         assert ("caption" in recipe.views) == (recipe.inputs.caption_target is not None)
+        return
+    if recipe.inputs.task == "caption":
+        assert recipe.inputs.num_video_tokens == recipe.model.places
+        assert recipe.inputs.num_frames <= recipe.model.max_frames
+        recipe.inputs.check_views(recipe.views)
         return
     assert set(recipe.views) == ({"pixels"} if name.startswith("video_mae") else {"label"})
     assert model.input_shape[1] == recipe.inputs.num_frames
@@ -114,6 +120,45 @@ def test_published_numbers_of_question_answering(name, max_length, batch, epochs
     projector = 4096 * 768 if recipe.model.use_video else 0
     extra = 0 if family == "vamos" else 32 * 32 + 10 * 4096
     assert trained == 10 * 32 * 4096 + projector + 32 * 32 + extra
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "lr", "min_lr", "warmup", "batch", "length", "weight_decay"),
+    [
+        ("video_llama.pretrain", 22_104_064, 1e-4, 8e-5, 2500, 256, 12_500, 0.05),
+        ("video_llama.pretrain_vicuna13b", 22_891_520, 1e-4, 8e-5, 2500, 256, 12_500, 0.05),
+        ("video_llama.finetune", 22_104_064, 3e-5, 1e-5, 1000, 32, 3000, 0.05),
+        ("video_llama.finetune_llama2", 22_104_064, 3e-5, 1e-5, 1000, 32, 3000, 0.05),
+        ("video_llama.gebc_opt13b", 45_445_376, 8e-5, 1e-5, 5000, 16, None, 0.001),
+        ("video_llama.gebc_opt6_7b", 22_696_192, 1e-4, 8e-5, 5000, 16, None, 0.001),
+        ("video_llama.gebc_opt2_7b", 21_515_008, 1e-4, 8e-5, 1000, 16, None, 0.001),
+        ("video_llama.gebc_llama7b", 22_696_192, 1e-4, 8e-5, 5000, 16, None, 0.001),
+    ],
+)
+def test_published_numbers_of_video_llama(name, trained, lr, min_lr, warmup, batch, length, weight_decay):
+    recipe = load(name)
+    optim = recipe.optim
+    assert (optim.lr, optim.min_lr, optim.warmup_lr, optim.warmup_steps) == (lr, min_lr, 1e-6, warmup)
+    assert (optim.betas, optim.weight_decay, recipe.global_batch_size) == ((0.9, 0.999), weight_decay, batch)
+    assert (recipe.steps, recipe.epochs) == (length, None if length else 5)
+    schedule = schedule_of(recipe, 1_000_000, 20_000)
+    assert schedule(0) == pytest.approx(1e-6)
+    turn = 0.5 * (1 + math.cos(math.pi * warmup / 20_000))
+    assert schedule(warmup) == pytest.approx(min_lr + (lr - min_lr) * turn)
+    begins = [f"model.{field}=none" for field in ("init_from", "projection_from") if hasattr(recipe.model, field)]
+    with torch.device("meta"):
+        model = load(name, begins).model.build()
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+
+
+def test_stages_of_video_llama_hand_over_by_their_recipes():
+    for name in ("", "_vicuna13b", "_llama2", "_ziya", "_billa"):
+        first, second = load(f"video_llama.pretrain{name}"), load(f"video_llama.finetune{name}")
+        assert second.model.init_from == first.run_dir
+        assert second.model.llama == first.model.llama
+        assert second.inputs.tokenizer == first.inputs.tokenizer == first.model.llama.path
+    assert load("video_llama.finetune_llama2").inputs.template == "llama2"
+    assert not load("video_llama.finetune_ziya").inputs.frames_message
 
 
 def test_pretraining_numbers():

@@ -64,7 +64,7 @@ def _places(ids: list[int], patch: int) -> tuple[list[int], int]:
 
 
 def _config(tokenizer: Path, ids: list[int], patch: int, **settings) -> DialogueConfig:
-    return DialogueConfig(tokenizer=tokenizer, video_tokens=_places(ids, patch)[1], **settings)
+    return DialogueConfig(tokenizer=tokenizer, num_video_tokens=_places(ids, patch)[1], **settings)
 
 
 def _tokens(config: DialogueConfig, turns: list[dict[str, str]], media: Media):
@@ -183,7 +183,7 @@ def test_a_batch_of_boundaries(load_golden, golden):
         tokenizer=golden("gebc_tokenizers") / "opt",
         frame_tokens=frame_tokens,
         frame_dim=frame_dim,
-        video_tokens=sizes["num_video_query_token"] + sizes["num_other_feat_query_token"],
+        num_video_tokens=sizes["num_video_query_token"] + sizes["num_other_feat_query_token"],
         other_dims=tuple(sizes["other_feat_dims"]),
         other_length=sizes["max_seq_len"],
         max_caption_length=sizes["max_txt_len"],
@@ -202,7 +202,7 @@ def test_a_batch_of_boundaries(load_golden, golden):
     ids, targets = rows.tokens.split(rows.lengths), rows.targets.split(rows.target_counts)
     prompts = given["prompt_ids_padded"]
     for number, (row, learnt) in enumerate(zip(ids, targets)):
-        lead = [sizes["bos_token_id"], *given["video_prefix_ids"], *[0] * config.video_tokens]
+        lead = [sizes["bos_token_id"], *given["video_prefix_ids"], *[0] * config.num_video_tokens]
         prompt = prompts[number][given["prompt_attention_mask"][number].bool()].tolist()
         text = [token for token in given["text_ids"][number].tolist() if token != sizes["pad_token_id"]]
         assert row.tolist() == lead + prompt + text

@@ -55,7 +55,7 @@ class BoundaryConfig:
     """Tokens of a frame, where frames come as features (Q)."""
     frame_dim: int = 768
     """Width of such a token."""
-    video_tokens: int = 40
+    num_video_tokens: int = 40
     """Places that a video takes in its row (N): for the tokens of its frames, then for those of other features."""
     num_frames: int = 12
     """Most frames of a video, evenly spread; a shorter one has fewer."""
@@ -75,7 +75,7 @@ class BoundaryConfig:
 
     def __post_init__(self) -> None:
         self.tokenizer = None if self.tokenizer is None else Path(self.tokenizer)
-        names = ("frame_tokens", "frame_dim", "video_tokens", "num_frames", "size", "other_length")
+        names = ("frame_tokens", "frame_dim", "num_video_tokens", "num_frames", "size", "other_length")
         for name in (*names, "max_caption_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"inputs.{name} is {getattr(self, name)}; it must be at least 1")
@@ -133,7 +133,7 @@ class BoundaryConfig:
 
     def collate(self, examples: Sequence[Example], rng: SampleRng) -> Batch:
         """A training batch: the captions end to end."""
-        rows = pack_rows(examples, self.video_tokens, [example.rows["caption"] for example in examples])
+        rows = pack_rows(examples, self.num_video_tokens, [example.rows["caption"] for example in examples])
         assert rows is not None
         return replace(gather(examples, self.colours), views={"caption": rows})
 
@@ -166,7 +166,7 @@ class BoundaryConfig:
 
     def test_batch(self, examples: Sequence[Example]) -> Batch:
         """A test batch: all prompts, each a row alone."""
-        prompts = pack_rows(examples, self.video_tokens, [example.prompts for example in examples])
+        prompts = pack_rows(examples, self.num_video_tokens, [example.prompts for example in examples])
         return replace(gather(examples, self.colours), prompts=prompts)
 
     def blank(self) -> Example:
@@ -266,7 +266,7 @@ class BoundaryConfig:
         return row_of(tokens)
 
     def _encoder(self, length: int | None = None) -> PromptEncoder:
-        return _encoder(self.tokenizer, self.video_tokens, length)
+        return _encoder(self.tokenizer, self.num_video_tokens, length)
 
 
 def nearest_places(length: int, count: int) -> np.ndarray:

@@ -69,7 +69,7 @@ class DialogueConfig:
     """Tokens of a frame, where frames come as features (Q)."""
     frame_dim: int = 768
     """Width of such a token."""
-    video_tokens: int = 32
+    num_video_tokens: int = 32
     """Places that a video takes in its row (N)."""
     num_frames: int = 8
     """Most frames of a video; a shorter one has fewer."""
@@ -103,6 +103,8 @@ class DialogueConfig:
     frames_message: bool = True
     """Tell before the first question how many frames of the video there are and of which seconds; the Chinese models
     were trained without."""
+    test_views: tuple[str, ...] = VIEWS
+    """What is written of a record in tests: its caption, the answers of its dialogue, or both."""
     clean: Literal["videos", "all", "none"] = "videos"
     """Whose captions are put into lower case, without most punctuation, and cut after 50 words, as BLIP's. videos: not
     those of images, as published."""
@@ -113,7 +115,7 @@ class DialogueConfig:
 
     def __post_init__(self) -> None:
         self.tokenizer = None if self.tokenizer is None else Path(self.tokenizer)
-        for name in ("video_tokens", "num_frames", "size", "max_caption_length", "max_length"):
+        for name in ("num_video_tokens", "num_frames", "size", "max_caption_length", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"inputs.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -123,6 +125,8 @@ class DialogueConfig:
                 raise ValueError(f"inputs.prompts: {line!r} must have {PLACE} once, where the video or image stands")
         if self.caption_end == "":
             raise ValueError("inputs.caption_end is empty, so captions would never end; none is the end token")
+        if not self.test_views or not set(self.test_views) <= set(VIEWS):
+            raise ValueError(f"inputs.test_views is {self.test_views}; it must be some of {', '.join(VIEWS)}")
         if self.label_mask == "drift" and self.template == "llama2":
             raise ValueError("inputs.label_mask=drift: template llama2 never had this fault; leave it at exact")
 
@@ -143,7 +147,7 @@ class DialogueConfig:
         """(records,) tokens that each record's rows are expected to have: its text, times the most tokens that text of
         such length became in `_MEASURED` records, with what stands around it."""
         text = text_lengths(shards).astype(np.float64)
-        around = self.video_tokens + len(self._encode((Text("?"),)).ids) + 64
+        around = self.num_video_tokens + len(self._encode((Text("?"),)).ids) + 64
         rate = 0.0
         for number in np.unique(np.linspace(0, len(shards) - 1, _MEASURED).astype(int)):
             record = shards.read(int(number), ())
@@ -181,7 +185,7 @@ class DialogueConfig:
         """A training batch: the rows of each view end to end."""
         views = {}
         for view in VIEWS:
-            rows = pack_rows(examples, self.video_tokens, [example.rows.get(view, ()) for example in examples])
+            rows = pack_rows(examples, self.num_video_tokens, [example.rows.get(view, ()) for example in examples])
             if rows is not None:
                 views[view] = rows
         return replace(gather(examples, self.colours), views=views)
@@ -191,10 +195,10 @@ class DialogueConfig:
     def asks(self, record: Record) -> tuple[Ask, ...]:
         """A caption to be written, then each answer of the assistant, with all that was really said before it."""
         asked = []
-        if "caption" in record.annotation:
+        if self._tests("caption", record):
             words = self._caption(record, self._is_image(record))
             asked.append(Ask(record.key, None, kind="", question=self._line(None) or "", references=(words,)))
-        if "conversations" in record.annotation:
+        if self._tests("dialogue", record):
             turns = _turns(record)
             answers = [place for place, turn in enumerate(turns) if turn["from"] == "gpt"]
             asked += [
@@ -215,20 +219,20 @@ class DialogueConfig:
         example, media = self._look(record, rng, "uniform", None)
         counters: dict[str, int] = {}
         prompts: list[Row] = []
-        if "caption" in record.annotation:
+        if self._tests("caption", record):
             lead = caption_lead(self._line(None), self.template, self._system, media or Media())
             prompts.append(self._prompt_row(lead, counters))
-        if "conversations" in record.annotation:
+        if self._tests("dialogue", record):
             spoken = dialogue(_turns(record), self.template, self._system, media)
             prompts += [self._prompt_row(spoken.prompt[:place], counters) for place in spoken.answers]
         if not prompts:
-            raise DecodeError(f"record {record.key!r} of {record.shard} has neither caption nor dialogue")
+            raise DecodeError(f"record {record.key!r} of {record.shard} has no {' and no '.join(self.test_views)}")
         example = replace(example, prompts=tuple(prompts), counters=counters)
         return {"": [example], **{probe: [blinded(example)] for probe in probes}}
 
     def test_batch(self, examples: Sequence[Example]) -> Batch:
         """A test batch: all prompts, each a row alone."""
-        prompts = pack_rows(examples, self.video_tokens, [example.prompts for example in examples])
+        prompts = pack_rows(examples, self.num_video_tokens, [example.prompts for example in examples])
         return replace(gather(examples, self.colours), prompts=prompts)
 
     def blank(self) -> Example:
@@ -256,6 +260,9 @@ class DialogueConfig:
         return text.strip()
 
     # ------------------------------------------------------------------------------------------ parts
+
+    def _tests(self, view: str, record: Record) -> bool:
+        return view in self.test_views and _FIELDS[view] in record.annotation
 
     @property
     def vocab_size(self) -> int:
@@ -361,7 +368,7 @@ class DialogueConfig:
         prompt = dialogue(turns, self.template, self._system, media).prompt
         tokens = self._encode(prompt, self.max_length)
         if self.label_mask == "drift":
-            encoder = _encoder(self.tokenizer, self.video_tokens, self.max_length)
+            encoder = _encoder(self.tokenizer, self.num_video_tokens, self.max_length)
             return tokens._replace(labels=drift_labels(tokens, turns, self._system, media, encoder))
         return tokens
 
@@ -372,7 +379,7 @@ class DialogueConfig:
         return row_of(tokens)
 
     def _encode(self, prompt: Prompt, most: int | None = None) -> Tokens:
-        return _encoder(self.tokenizer, self.video_tokens, most).encode(prompt, end=False)
+        return _encoder(self.tokenizer, self.num_video_tokens, most).encode(prompt, end=False)
 
     def _caption(self, record: Record, is_image: bool) -> str:
         words = record.annotation["caption"]

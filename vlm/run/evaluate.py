@@ -18,6 +18,8 @@ from vlm.data.loader import TestItem, eval_loader
 from vlm.data.shards import ShardSet
 from vlm.distributed import World, from_main, gather_objects, share, stop_together
 from vlm.files import write_json, write_text
+from vlm.metrics.caption import describe
+from vlm.metrics import caption
 from vlm.recipe import Recipe
 from vlm.run.checkpoint import Progress
 from vlm.run.eval_tasks import Task, line_of, task_of
@@ -48,10 +50,10 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
     def write() -> dict[str, float]:
         if not rows:
             raise UserError(f"{shards.path}: nothing could be scored: {unscored[:3]}")
-        metrics = metrics_of(rows, recipe.eval.kinds)  # type: ignore[union-attr]
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "predictions.jsonl", _lines(map(line_of, rows)))
         write_text(folder / "unscored.jsonl", _lines(unscored))
+        metrics = metrics_of(rows, recipe.eval.kinds)  # type: ignore[union-attr]
         if metrics:
             write_json(folder / "metrics.json", metrics)
         else:
@@ -63,7 +65,9 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
             "records": len(shards),
             "scored": len(rows) - silent,
             "unscored": lost,
+            **({"scorer": describe()} if any(isinstance(row, Writing) for row in rows) else {}),
             **({"written_without_references": silent} if silent else {}),
+            **({"texts_scored_by": caption.describe()} if metrics and isinstance(rows[0], Writing) else {}),
             **counters,
             "protocol": {"eval": to_dict(recipe.eval), "inputs": to_dict(recipe.inputs)},
             "seconds": time.monotonic() - started,

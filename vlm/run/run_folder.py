@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.metrics import caption
+from vlm.metrics import caption
 from vlm.metrics.choice import choice_metrics
 from vlm.metrics.classify import classification_metrics
 from vlm.types import Prediction, UserError, Writing
@@ -74,13 +76,13 @@ def read_rows(path: Path, damaged: list[str] | None = None) -> list[dict[str, An
     return rows
 
 
-def metrics_of(rows: Rows, kinds: Mapping[str, Sequence[str]] | None = None) -> dict[str, float]:
-    """What predictions are worth, of clips, of questions (`kinds` as in EvalConfig) or of texts; nothing where no text
-    has references."""
+def metrics_of(
+    rows: Rows, kinds: Mapping[str, Sequence[str]] | None = None, spice: Path | None = None
+) -> dict[str, float]:
+    """What predictions are worth, of clips, of questions (`kinds` as in EvalConfig) or of texts (`spice` as in
+    vlm.metrics.caption); nothing where no text has references."""
     writings = [row for row in rows if isinstance(row, Writing)]
     if writings:
-        from vlm.metrics import caption
-
         return caption.score(writings) if any(row.references for row in writings) else {}
     predictions = [row for row in rows if isinstance(row, Prediction)]
     if predictions and predictions[0].kind is not None:

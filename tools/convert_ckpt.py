@@ -22,26 +22,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from vlm.models import gated_files, llama_files
+from vlm.models import gated_files, llama_files, video_llama_files
 from vlm.models.describe import describe
-from vlm.models.formats import Model, model_config, read_hf, read_pth, write_hf, write_pth
-from vlm.models.frozen_base import require_tensors, settle_frozen
-from vlm.models.llama_base import LlamaBaseConfig
-from vlm.models.llama_facts import is_llama_folder, refuse_other_sizes
-from vlm.models.llama_pass import fixed_tokens, meta_logits, transformers_logits
-from vlm.models.published import FAMILIES, GATED, HAS_FROZEN, KIND_TITLES, LLAMA, kind_of, to_ours
-from vlm.models.released import GENERATIONS, input_settings, other_inputs, overrides, shown, trained_with
+from vlm.models.formats import Model, read_hf, read_pth, write_hf, write_pth
+from vlm.models.llama_facts import is_llama_folder
+from vlm.models.published import BRANCHES, FAMILIES, GATED, HAS_FROZEN, KIND_TITLES, LLAMA, SEEING, kind_of, to_ours
+from vlm.models.released import GENERATIONS, input_settings
+from vlm.models.settling import Compare, Request, settle
 from vlm.models.system import System
-from vlm.models.vamos import VamosConfig
+from vlm.models.video_llama_files import is_blip2_folder
 from vlm.recipe import load
 from vlm.run import checkpoint
 from vlm.types import UserError
-from vlm.weights import atomic_file, diff_keys, file_hash, open_tensors, read_state_dict, state_hash, write_safetensors
+from vlm.weights import atomic_file, diff_keys, file_hash, read_state_dict, state_hash, write_safetensors
 
 WEIGHT_FILES = ("model.safetensors", "frozen.safetensors")
 UNUSED_FILE = "unused.safetensors"  # what a model of ours has no use for, but a published file holds
@@ -81,6 +77,7 @@ def read_vlm(path: Path, key: str | None) -> Model:
         step=manifest.get("step", 0),
         settings=(manifest.get("recipe") or {}).get("model"),
         run=manifest.get("recipe") or {},
+        unused=video_llama_files.aside(tensors),
     )
 
 
@@ -96,6 +93,7 @@ def write_vlm(path: Path, model: Model, recipe: System | None) -> None:
         if part:
             write_safetensors(path / name, part, {"format": "pt"})
     frozen = parts[1]
+    tied = model.kind in BRANCHES or (model.kind in (*HAS_FROZEN, *GATED) and not frozen)
     files = {f.name: {"bytes": f.stat().st_size, "sha256": file_hash(f)} for f in sorted(path.iterdir())}
     recipe_part = {"recipe": {"model": model.settings}} if model.settings else {}
     rows = {name.removeprefix("inputs."): stated.value for name, stated in input_settings(model).items()}
@@ -104,7 +102,7 @@ def write_vlm(path: Path, model: Model, recipe: System | None) -> None:
         "format": checkpoint.FORMAT,
         "step": model.step,
         "kind": model.kind,
-        "frozen_hash": model.frozen_hash if model.kind in (*HAS_FROZEN, *GATED) and not frozen else state_hash(frozen),
+        "frozen_hash": state_hash(frozen) if model.frozen_hash is None or not tied else model.frozen_hash,
         "files": files,
         "tensors": {
             n: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in model.tensors.items()
@@ -132,12 +130,16 @@ class Format:
 
 
 def read_folder(path: Path, key: str | None) -> Model:
+    if is_blip2_folder(path):
+        return video_llama_files.read_blip2(path)
     return llama_files.read_hf(path) if is_llama_folder(path) else read_hf(path, key)
 
 
 def write_folder(path: Path, model: Model, recipe: System | None) -> None:
     if model.kind == LLAMA:
         llama_files.write_hf(path, model)
+    elif model.kind in SEEING:
+        video_llama_files.write_blip2(path, model)
     else:
         write_hf(path, model, recipe)
 
@@ -148,6 +150,10 @@ def write_meta(path: Path, model: Model, recipe: System | None, shards: int | No
 
 def write_gated(family: str, path: Path, model: Model, recipe: System | None) -> None:
     gated_files.write(family, path, model)
+
+
+def write_seeing(family: str, path: Path, model: Model, recipe: System | None) -> None:
+    video_llama_files.write(family, path, model)
 
 
 FORMATS = {
@@ -167,6 +173,12 @@ for _name, _about in (("vamos", "Vamos"), ("flipped", "Flipped-VQA (LLaMA-VQA)")
         False,
         False,
     )
+for _name, _about in (
+    ("video_llama", "Video-LLaMA's .pth (vision branch), MiniGPT-4's projection"),
+    ("llmva", "LLMVA-GEBC's .pth"),
+    ("lavis", "LAVIS' .pth: EVA ViT-g, BLIP-2's Q-Former"),
+):
+    FORMATS[_name] = Format(_about, partial(video_llama_files.read, _name), partial(write_seeing, _name), False, False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -191,7 +203,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--from", dest="from_format", choices=FORMATS, required=True)
     parser.add_argument("--to", dest="to_format", choices=FORMATS, required=True)
     parser.add_argument("--recipe", help="check names and shapes against this recipe's model; tells heads and sizes")
-    parser.add_argument("--base", type=Path, help="LLaMA folder (Meta or Hugging Face): the frozen part")
+    parser.add_argument("--base", type=Path, help="folder of the frozen language model (LLaMA; OPT for llmva)")
+    parser.add_argument("--also", type=Path, help="a second .pth of the tower, of the same format (lavis)")
+    parser.add_argument("--keep-frozen", action="store_true", help="also keep language models beside a trained part")
     parser.add_argument("--trained-on", choices=GENERATIONS, help="its LLaMA, where args do not tell or mislead")
     parser.add_argument("--shards", type=int, help="files of a meta_llama DST (default: as SRC has, else 1)")
     parser.add_argument("--layer", type=int, help="first layer of --base, where the checkpoint cannot tell it")
@@ -204,6 +218,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--layer counts layers of --base; give both")
     if options.shards is not None and (options.to_format != "meta_llama" or options.shards < 1):
         parser.error("--shards is the number of files, at least 1, of a DST in Meta's format (--to meta_llama)")
+    if options.also and options.from_format != "lavis":
+        parser.error("--also joins EVA's file and a Q-Former's (--from lavis)")
     if options.key and FORMATS[options.from_format].is_folder:
         parser.error("--key names a dictionary inside a .pth file; this source is a folder")
     return options
@@ -215,18 +231,26 @@ def convert(options: argparse.Namespace) -> None:
     refuse_target(options, target)
     model = source.read(options.source, options.key)
     print(f"read    {options.from_format}: {options.source}")
+    if options.also:
+        video_llama_files.join(model, source.read(options.also, None), f"{options.source} and {options.also}")
+        print(f"read    {options.from_format}: {options.also}")
     refuse_kind(options, model)
-    recipe: System | None = None
-    verify: Callable[[Path, Model], str] | None = None
-    if model.kind == LLAMA:
-        verify = settle_llama(model, options)
-    elif model.kind in GATED:
-        verify = settle_gated(model, options)
-    else:
-        recipe = settle_vit(model, options, target)
+    request = Request(
+        source=options.source,
+        from_format=options.from_format,
+        to_format=options.to_format,
+        holds_frozen=target.holds_frozen,
+        recipe_name=options.recipe,
+        recipe=load(options.recipe, options.overrides) if options.recipe else None,
+        base=options.base,
+        trained_on=options.trained_on,
+        layer=options.layer,
+        keep_frozen=options.keep_frozen,
+    )
+    recipe, verify = settle(model, request)
     if options.shards:
         target = replace(target, write=partial(write_meta, shards=options.shards))
-    logits = put(options, target, model, recipe, verify)
+    compared = put(options, target, model, recipe, verify)
     print(f"kind    {KIND_TITLES[model.kind]}")
     print(f"sizes   {describe(model)}")
     for note in model.notes:
@@ -234,8 +258,8 @@ def convert(options: argparse.Namespace) -> None:
     lost = [*model.dropped, *left_behind(model, options.to_format)]
     print(f"dropped {', '.join(lost) if lost else 'nothing'}")
     print(f"wrote   {options.to_format}: {options.target} (read back and compared: equal to the bit)")
-    if logits:
-        print(f"logits  {logits}")
+    if compared:
+        print(f"{'outputs' if model.kind in SEEING else 'logits '} {compared}")
     print(f"hash    {state_hash(model.tensors)}")
 
 
@@ -266,82 +290,12 @@ def refuse_target(options: argparse.Namespace, target: Format) -> None:
         raise UserError(f"{path}: is no plain checkpoint file or folder, so --force does not remove it; do it by hand.")
 
 
-def settle_llama(model: Model, options: argparse.Namespace) -> Callable[[Path, Model], str]:
-    """Compare a whole LLaMA with the recipe's; returns what compares its logits with those of what was written."""
-    config = model.llama
-    assert config is not None
-    if options.base is not None:
-        raise UserError(f"--base {options.base}: a whole LLaMA has no other base; leave it out.")
-    if options.recipe is not None:
-        wanted = getattr(load(options.recipe, options.overrides).model, "llama", None)
-        if not isinstance(wanted, LlamaBaseConfig):
-            raise UserError(f"recipe {options.recipe} has no whole LLaMA to compare {options.source} with.")
-        refuse_other_sizes(config, wanted, f"{options.source} and recipe {options.recipe}")
-    tokens = fixed_tokens(config.vocab_size)
-
-    def logits(form: str, path: Path, tensors: Mapping[str, Tensor]) -> Tensor:
-        if form == "meta_llama":
-            return meta_logits(open_tensors(path), config, tokens)
-        return transformers_logits(tensors, config, tokens)
-
-    def verify(written: Path, again: Model) -> str:
-        before = logits(options.from_format, options.source, model.tensors)
-        after = logits(options.to_format, written, again.tensors)
-        return gated_files.same_logits(before, after, f"{len(tokens)} random tokens: source and target")
-
-    return verify
-
-
-def settle_gated(model: Model, options: argparse.Namespace) -> Callable[[Path, Model], str]:
-    """Refuse a checkpoint that is not its recipe's or its LLaMA's; returns what compares logits afterwards."""
-    subject = f"{options.source}{f' and recipe {options.recipe}' if options.recipe else ''}"
-    config = None
-    if options.recipe is not None:
-        recipe = load(options.recipe, options.overrides)
-        config = recipe.model
-        if not isinstance(config, VamosConfig):
-            raise UserError(
-                f"{options.source} is a {KIND_TITLES[model.kind]}; recipe {options.recipe} is another system."
-            )
-        config = replace(config, init_from=None)
-        model.notes += other_inputs(model, recipe.inputs)
-    needed = options.to_format == "vlm"
-    fitted = gated_files.fit(model, config, options.base, subject, options.trained_on, needed)
-    stated = shown(trained_with(model, fitted.config.llama if fitted else None))
-    print(f"trained {stated} {' '.join(overrides(input_settings(model)))}".rstrip())
-    if fitted is None:
-        gated_files.require_shapes(model, subject)
-        return lambda written, again: "not compared: no LLaMA was named (--base); the tensors were compared to the bit"
-    return lambda written, again: fitted.compare(model, again)
-
-
-def settle_vit(model: Model, options: argparse.Namespace, target: Format) -> System | None:
-    """Fill in or strip frozen layers, compare names and shapes; returns the recipe's model without memory, if any."""
-    config = recipe_config(options, model)
-    with torch.device("meta"):
-        recipe = None if config is None else config.build()
-    subject = str(options.source)
-    settle_frozen(
-        model, config, options.base, options.layer, subject, options.to_format if target.holds_frozen else None
-    )
-    require_tensors(model, recipe, subject, options.recipe or "its own settings")
-    return recipe
-
-
-def recipe_config(options: argparse.Namespace, model: Model) -> Any:
-    """Settings of the model: of the recipe that was named, else those that a training checkpoint holds; or None."""
-    if options.recipe is not None:
-        config = load(options.recipe, options.overrides).model
-        return replace(config, init_from=None) if getattr(config, "init_from", None) else config
-    return model_config(model.kind, model.settings) if model.settings else None
-
-
 def put(
     options: argparse.Namespace,
     target: Format,
     model: Model,
     recipe: System | None,
-    verify: Callable[[Path, Model], str] | None,
+    verify: Compare | None,
 ) -> str | None:
     """Write beside the target, read back, compare (`verify`: logits too), and only then take the target's name."""
     path: Path = options.target

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vlm.models import gated_sizes, vit_sizes
+from vlm.models import gated_sizes, video_llama_sizes, vit_sizes
 from vlm.models.formats import Model
-from vlm.models.published import GATED, LLAMA
+from vlm.models.published import BRANCHES, GATED, LLAMA, PROJECTION, TOWER
 from vlm.models.released import describe_llama
 
 
@@ -20,6 +20,8 @@ def describe(model: Model) -> str:
     if model.kind == LLAMA:
         assert model.llama is not None
         sizes = describe_llama(model.llama)
+    elif model.kind in (*BRANCHES, TOWER, PROJECTION):
+        sizes = _seeing(model)
     else:
         sizes = _gated(model) if model.kind in GATED else _vit(model)
     return f"{sizes}; {len(model.tensors)} tensors, {parameters:,} parameters, {', '.join(dtypes)}"
@@ -31,6 +33,21 @@ def _gated(model: Model) -> str:
     parts += [f"{sizes.projector} projector of {sizes.feature_dim}"] if sizes.feature_dim else ["no projector"]
     parts += [f"{sizes.frames} frames"] if sizes.frames else []
     return ", ".join(parts)
+
+
+def _seeing(model: Model) -> str:
+    own = {name: tuple(t.shape) for name, t in model.trainable().items() if name not in model.unused}
+    if model.kind == PROJECTION:
+        return "projection of {1} to {0}".format(*own["llama_proj.weight"])
+    if model.kind == TOWER:
+        held, tower = video_llama_sizes.parts_of(own), video_llama_sizes.tower_config(own)
+        parts = [f"EVA of width {tower.dim}, {tower.layers} blocks, size {tower.image_size}"] * ("vision" in held)
+        parts += [f"Q-Former of width {tower.query_dim}, {tower.query_layers} layers"] * ("qformer" in held)
+        return ", ".join([*parts, *([f"{tower.queries} queries"] * ("query_tokens" in held))])
+    config = video_llama_sizes.branch_config(own, model.kind)
+    projection = video_llama_sizes.projection_of(own)
+    parts = [f"Q-Former of width {config.qformer.dim}, {config.qformer.layers} layers", f"{config.max_frames} frames"]
+    return ", ".join([*parts, f"{config.places} video tokens", f"{projection} to {own[f'{projection}.weight'][0]}"])
 
 
 def _vit(model: Model) -> str:

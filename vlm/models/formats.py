@@ -42,6 +42,7 @@ class Model:
     run: dict[str, Any] = field(default_factory=dict)  # the whole recipe of such a checkpoint
     unused: frozenset[str] = frozenset()  # tensors that the recipe's model has no use for, kept for the way back
     llama: LlamaBaseConfig | None = None  # of a whole LLaMA: its sizes
+    hf_config: dict[str, Any] | None = None  # of EVA and a Q-Former: config.json for a Hugging Face folder
     notes: list[str] = field(default_factory=list)  # what a person should know of the conversion
 
     def frozen(self) -> dict[str, Tensor]:

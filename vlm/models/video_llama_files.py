@@ -46,7 +46,7 @@ _EVA_BLOCKS = 39
 
 
 def read(family: str, path: Path, key: str | None) -> Model:
-    """A .pth of Video-LLaMA, LLMVA-GEBC or LAVIS. UserError: names it does not have, or nothing but the audio branch."""
+    """A .pth of Video-LLaMA, LLMVA-GEBC or LAVIS. UserError: names it has not, or nothing but the audio branch."""
     found = read_checkpoint(path, key)
     audio = [name for name in found.tensors if _AUDIO.fullmatch(name)]
     own = {name: tensor for name, tensor in found.tensors.items() if name not in audio}
@@ -54,9 +54,9 @@ def read(family: str, path: Path, key: str | None) -> Model:
     own = {name: tensor for name, tensor in own.items() if name not in constants}
     if audio and not own:
         raise UserError(
-            f"{path}: holds the audio branch alone ({len(audio)} tensors, {audio[0]} among them). It hangs on ImageBind, "
-            "whose weights are for non-commercial use, and is not part of this project. Mend: the file of the vision "
-            "branch (its name has VL or vicuna in it, and no audio)."
+            f"{path}: holds the audio branch alone ({len(audio)} tensors, {audio[0]} among them). It hangs on "
+            "ImageBind, whose weights are for non-commercial use, and is not part of this project. Mend: the file of "
+            "the vision branch (VL_…, pretrain-… or finetune-… without audio in its name)."
         )
     try:
         kind = kind_of(own)
@@ -180,7 +180,7 @@ def published(family: str, model: Model) -> dict[str, Tensor]:
 
 
 def write(family: str, path: Path, model: Model) -> None:
-    """A .pth as the original has it: the source's own container, order, buffers and further entries where it was one."""
+    """A .pth as the original has it: the source's container, order, buffers and further entries where it was one."""
     named = published(family, model)
     same = model.source.get("format") == family
     if same:
@@ -201,9 +201,9 @@ def write(family: str, path: Path, model: Model) -> None:
         torch.save(tensors if container is None else {container: tensors, **rest}, file)
 
 
-def write_blip2(path: Path, model: Model, config: Mapping[str, Any] | None) -> None:
-    """A Hugging Face folder: the source's config.json, else `config`; files of at most 5 GB."""
-    stated = model.source.get("config") if model.source.get("format") == "hf" else config
+def write_blip2(path: Path, model: Model) -> None:
+    """A Hugging Face folder: the source's config.json, else one that is made; files of at most 5 GB."""
+    stated = model.source["config"] if model.source.get("format") == "hf" else model.hf_config
     assert stated is not None
     path.mkdir()
     with atomic_file(path / "config.json") as file:

@@ -376,7 +376,7 @@ class DialogueConfig:
         """A row to go on from. It is never cut: without its end it would ask for something else."""
         tokens = self._encode(prompt)
         note(counters, "rows_too_long", len(tokens.ids) > self.max_length)
-        return row_of(tokens)
+        return row_of(tokens._replace(labels=(IGNORE,) * len(tokens.ids)))
 
     def _encode(self, prompt: Prompt, most: int | None = None) -> Tokens:
         return _encoder(self.tokenizer, self.num_video_tokens, most).encode(prompt, end=False)

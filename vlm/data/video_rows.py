@@ -95,8 +95,11 @@ def blinded(example: Example) -> Example:
 
 
 def read_tokens(record: Record, name: str, frame_tokens: int, frame_dim: int) -> Tensor:
-    """(T, Q, D) of a record; DecodeError where it has none, UserError where they are of another tower."""
+    """(T, Q, D) of a record; DecodeError where it has none, UserError where they are of another tower. What is stored
+    as (T, D) is one token a frame."""
     tokens = read_tensor(record, name)
+    if tokens.ndim == 2:
+        tokens = tokens[:, None]
     if tokens.ndim != 3 or not len(tokens) or not tokens.is_floating_point():
         raise DecodeError(
             f"record {record.key!r} of {record.shard}: {name} is {list(tokens.shape)}, not (frames, tokens, width)"

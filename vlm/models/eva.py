@@ -9,10 +9,9 @@ Letters: F frames, C H W colours, height, width, Q queries (tokens of a frame), 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +175,3 @@ def check_frames(frames: Tensor, config: TowerConfig, named: str) -> None:
             f"model.tower.patch_size={config.patch_size}"
         )
 
-
-def tower_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stored `TowerConfig` says that its tensors' shapes do not."""
-    return {name: settings[name] for name in ("heads", "query_heads", "patch_size")}

@@ -21,7 +21,8 @@ from vlm.models.eva import TowerConfig
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.opt_base import OptBaseConfig
 from vlm.models.padded_prompts import pad_prompts
-from vlm.models.video_base import VideoConfig, VideoSystem, initialise
+from vlm.models.trained import start_from
+from vlm.models.video_base import VideoConfig, VideoSystem
 from vlm.nn.qformer import read_memory
 from vlm.types import Batch, UserError
 
@@ -75,7 +76,8 @@ class LlmvaConfig(VideoConfig):
         """The model with what is frozen loaded, its trainable parameters fresh or, where `init_from` is a checkpoint of
         Video-LLaMA, with that one's video Q-Former, queries and positions."""
         model = Llmva(self)
-        initialise(model)
+        if self.init_from is not None:
+            start_from(model, self.init_from, shared=("video_",))
         return model
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from vlm.data.pixels import finished
 from vlm.types import Batch, Losses, UserError
 from vlm.weights import state_hash
 
@@ -48,7 +49,8 @@ class System(nn.Module):
         self, batch: Batch, scores: bool = False, instead: Callable[[Batch], Any] | None = None
     ) -> Losses | Tensor | Any:
         """The losses of a batch, or with `scores` its class scores (see `predict`), or what `instead` makes of it
-        (vlm.models.generation)."""
+        (vlm.models.generation). What the loader left to do to pixels is done first (vlm.data.pixels)."""
+        batch = finished(batch)
         if instead is not None:
             return instead(batch)
         return self.scores(batch) if scores else self.losses(batch)
@@ -89,6 +91,15 @@ class System(nn.Module):
         """Of a recipe's `model` settings, as a checkpoint stores them: those without which trained tensors of the same
         names and shapes compute something else. A checkpoint loads only where they are the recipe's."""
         return {}
+
+    def shared_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Of `decisive` settings those that another system, part of whose tensors this one may take, has too."""
+        return {}
+
+    def misfit(self, made: Mapping[str, Any]) -> str:
+        """Why stored features are not what this system's frozen parts would make of the same frames, by what their
+        shard set says of them (tools/extract_features.py); "": they are, or that is not known."""
+        return ""
 
     def freeze(self) -> None:
         """Set `requires_grad` by `trainable`, and remember the hash of what is frozen."""

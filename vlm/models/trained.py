@@ -7,7 +7,7 @@ load without complaint and answer at chance. So both are compared, and what cont
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +54,52 @@ def put(model: System, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any
             target.copy_(tensors[name])
 
 
-def start_from(model: System, folder: Path) -> None:
-    """Give a fresh model the trained tensors of a checkpoint folder: `model.init_from`.
+def start_from(model: System, folder: Path, shared: Sequence[str] = ()) -> None:
+    """Give a fresh model the trained tensors of a checkpoint folder, or of a run folder's latest: `model.init_from`.
 
+    Args:
+        shared: beginnings of the names that a checkpoint of another system has in common with this model; where there
+            are some, such a checkpoint will do, and gives these. Its language model may be another.
     Raises:
         UserError: no such checkpoint, a damaged one, or one that does not fit (`put`).
     """
+    latest = folder / "checkpoints" / "latest"
+    if latest.is_file():
+        folder = latest.parent / latest.read_text().strip()
     if not (folder / MANIFEST).is_file():
         raise UserError(
-            f"model.init_from={folder}: is no checkpoint of ours (a folder with {MANIFEST}). A published file is "
-            f"converted first: python tools/convert_ckpt.py {folder} FOLDER --from FORMAT --to vlm; of a run, give one "
-            "of RUN/checkpoints/*"
+            f"model.init_from={folder}: is no checkpoint of ours (a folder with {MANIFEST}) and no run folder. A "
+            f"published file is converted first: python tools/convert_ckpt.py {folder} FOLDER --from FORMAT --to vlm"
         )
     manifest, stated = _manifest(folder)
     tensors = read_state_dict(folder / WEIGHTS)
     if file_hash(folder / WEIGHTS) != stated:
         raise UserError(f"{folder / WEIGHTS}: content differs from the manifest (damaged on disk?); use another one")
-    put(model, tensors, manifest, str(folder))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if shared and not tensors.keys() <= trained:
+        _put_shared(model, tensors, manifest, str(folder), tuple(shared))
+    else:
+        put(model, tensors, manifest, str(folder))
+
+
+def _put_shared(
+    model: System, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], subject: str, shared: tuple[str, ...]
+) -> None:
+    """Set what has names that begin with `shared`; as `put`, but for frozen weights."""
+    want = {name: p for name, p in model.named_parameters() if p.requires_grad and name.startswith(shared)}
+    have = {name: tensor for name, tensor in tensors.items() if name.startswith(shared)}
+    diff_keys(have, want).require(f"{subject}, of which this model takes {', '.join(shared)}…")
+    stored = (manifest.get("recipe") or {}).get("model")
+    if stored:
+        told, own = model.shared_settings(stored), model.shared_settings(to_dict(model.config))
+        if told != own:
+            raise UserError(
+                f"{subject}: was trained with other settings (the checkpoint's -> this recipe's): "
+                f"{', '.join(differences(told, own, 'model'))}. Give the recipe the checkpoint's values"
+            )
+    with torch.no_grad():
+        for name, target in want.items():
+            target.copy_(have[name])
 
 
 def other_rows(folder: Path, inputs: Any) -> str:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vlm.config import to_dict
+from vlm.models import tower_frames
 from vlm.models.causal import CausalSystem
-from vlm.models.eva import TowerConfig, check_frames, tower_settings
+from vlm.models.eva import TowerConfig, check_frames
 from vlm.models.system import Cost
-from vlm.models.trained import start_from
 from vlm.nn.language import blocks_of
 from vlm.nn.qformer import QFormerConfig, by_video, frame_numbers, read_memory
 from vlm.types import Batch, UserError
@@ -215,10 +216,20 @@ class VideoSystem(CausalSystem):
         return tensor.ndim < 2 or any(part in name for part in ("bias", "ln", "bn"))
 
     def decisive(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What a stored config says that shapes of the trained tensors do not."""
-        tower, qformer = settings["tower"], settings["qformer"]
-        own = {} if tower is None else {f"tower.{name}": v for name, v in tower_settings(tower).items()}
-        return {**own, "qformer.heads": qformer["heads"], "qformer.cross_every": qformer["cross_every"]}
+        """What a stored config says that shapes of the trained tensors do not. Of a tower where there are two: a run
+        on stored tokens says nothing of what made them."""
+        own = self.config.tower
+        stated = {} if own is None else settings["tower"] or to_dict(own)
+        names = [name for name in ("patch_size", "heads", "query_heads") if name in stated]
+        return self.shared_settings(settings) | {f"tower.{name}": stated[name] for name in names}
+
+    def shared_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the video Q-Former."""
+        return {f"qformer.{name}": settings["qformer"][name] for name in ("heads", "cross_every")}
+
+    def misfit(self, made: Mapping[str, Any]) -> str:
+        """By the hash of the tower; without a tower there is nothing to compare."""
+        return "" if self.config.tower is None else tower_frames.misfit(self.tower, made)
 
     def _hash_frozen(self) -> str:
         """The language model's hash and, with a tower, `+` and the tower's."""
@@ -254,7 +265,3 @@ class VideoSystem(CausalSystem):
         return videos * (c.qformer.flops(c.frame_dim, c.num_video_tokens, memory) + projected)
 
 
-def initialise(model: VideoSystem) -> None:
-    """Give a fresh model what `model.init_from` names."""
-    if model.config.init_from is not None:
-        start_from(model, model.config.init_from)

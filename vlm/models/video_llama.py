@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from vlm.models.llama_base import LlamaBaseConfig
-from vlm.models.video_base import VideoConfig, VideoSystem, initialise
+from vlm.models.trained import start_from
+from vlm.models.video_base import VideoConfig, VideoSystem
 from vlm.types import UserError
 from vlm.weights import diff_keys, open_tensors
 
@@ -41,7 +42,8 @@ class VideoLlamaConfig(VideoConfig):
     def build(self) -> VideoLlama:
         """The model with what is frozen loaded, its trainable parameters fresh or those of `init_from`."""
         model = VideoLlama(self)
-        initialise(model)
+        if self.init_from is not None:
+            start_from(model, self.init_from)
         if self.projection_from is not None:
             model.take_projection(self.projection_from)
         return model

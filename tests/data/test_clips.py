@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import vlm.data.clips
+import vlm.data.clip_frames
 from vlm.data.clips import PROBES, ClipConfig, MaskedClipConfig
+from vlm.data.pixels import finished
 from vlm.data.rng import SampleRng
 from vlm.data.video import DecodeError
 from vlm.types import Example, Record, UserError
 
 STEP = 5  # levels from one frame to the next; far above what the encoder changes in a flat picture
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # clips come out as 0 … 1
 OFF: dict[str, Any] = {
     "randaugment": None,
     "erase_probability": 0.0,
@@ -70,13 +70,13 @@ def long_clip() -> Record:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The indices of each decode that is done."""
     calls: list[list[int]] = []
-    decode = vlm.data.clips.decode
+    decode = vlm.data.clip_frames.decode
 
     def noted(data: bytes, indices: Sequence[int], **options: Any) -> np.ndarray:
         calls.append(list(indices))
         return decode(data, indices, **options)
 
-    monkeypatch.setattr(vlm.data.clips, "decode", noted)
+    monkeypatch.setattr(vlm.data.clip_frames, "decode", noted)
     return calls
 
 
@@ -85,9 +85,16 @@ def small(**changes: Any) -> ClipConfig:
 
 
 def levels(example: Example) -> list[int]:
-    """Which frames a flat clip made with PLAIN and OFF shows."""
+    """Which frames a flat clip made with OFF shows."""
     assert example.video is not None
-    return (example.video.mean((0, 2, 3)) * 255 / STEP).round().int().tolist()
+    return (example.video.float().mean((0, 2, 3)) / STEP).round().int().tolist()
+
+
+def finish(clips: ClipConfig | MaskedClipConfig, *examples: Example) -> torch.Tensor:
+    """(B, 3, T, H, W) as the model sees them."""
+    video = finished(clips.test_batch(examples)).video
+    assert video is not None
+    return video
 
 
 def test_training_clips(long_clip: Record, reads: list[list[int]]) -> None:
@@ -97,14 +104,15 @@ def test_training_clips(long_clip: Record, reads: list[list[int]]) -> None:
     for example in examples:
         assert example.video is not None
         assert example.video.shape == (3, 8, 16, 16)
-        assert example.video.dtype == torch.float32
+        assert example.video.dtype == torch.uint8
+        assert example.video.stride(0) == 1, "colours stay innermost"
     assert not torch.equal(examples[0].video, examples[1].video), "augmented independently"  # type: ignore[arg-type]
     assert len(reads) == 1, "decoded once"
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 def test_repeats_share_their_frames(long_clip: Record, reads: list[list[int]], repeats: int) -> None:
-    examples = small(**OFF, **PLAIN, repeats=repeats).train(long_clip, SampleRng(1))
+    examples = small(**OFF, repeats=repeats).train(long_clip, SampleRng(1))
     assert len(examples) == repeats
     assert [levels(example) for example in examples] == [reads[0]] * repeats
     assert [index // 5 for index in reads[0]] == list(range(8)), "one from each fifth"
@@ -119,23 +127,22 @@ def test_training_depends_on_the_rng_alone(long_clip: Record) -> None:
 
 def test_augmentations_can_be_turned_off_one_by_one(long_clip: Record) -> None:
     """A flat clip shows which of them touch it: only crops leave it flat and at its level."""
-    untouched = small(**OFF, **PLAIN).train(long_clip, SampleRng(0))[0].video
-    assert untouched is not None
-    assert untouched.std((0, 2, 3)).max() < 0.005
+    untouched = finish(small(**OFF), small(**OFF).train(long_clip, SampleRng(0))[0])
+    assert untouched.std((0, 3, 4)).max() < 0.01
     changed = {
         "erase_probability": 1.0,
         "randaugment": "rand-m10-n15-inc1",
     }
     for name, value in changed.items():
-        video = small(**{**OFF, **PLAIN, name: value}).train(long_clip, SampleRng(0))[0].video
-        assert video is not None
-        assert (video - untouched).abs().max() > 0.1, name
+        clips = small(**{**OFF, name: value})
+        video = finish(clips, clips.train(long_clip, SampleRng(0))[0])
+        assert (video - untouched).abs().max() > 0.5, name
 
 
 def test_flip_mirrors_half_of_the_clips() -> None:
     ramp = np.broadcast_to(np.linspace(0, 250, 32).astype(np.uint8)[None, None, :, None], (8, 32, 32, 3))
     clip = record(ramp)
-    settings = {**OFF, **PLAIN, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
+    settings = {**OFF, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
     rising = []
     for seed in range(60):
         for example in small(**settings, flip=True).train(clip, SampleRng(seed)):
@@ -148,17 +155,32 @@ def test_flip_mirrors_half_of_the_clips() -> None:
         assert example.video[0, 0, 0, 0] < example.video[0, 0, 0, -1]
 
 
-def test_normalisation_is_applied(long_clip: Record) -> None:
-    plain = small(**OFF, **PLAIN).train(long_clip, SampleRng(0))[0].video
+def test_the_model_is_told_the_colours(long_clip: Record) -> None:
     clips = small(**OFF)
-    normal = clips.train(long_clip, SampleRng(0))[0].video
-    assert plain is not None
-    expected = (plain - torch.tensor(clips.mean).view(3, 1, 1, 1)) / torch.tensor(clips.std).view(3, 1, 1, 1)
-    torch.testing.assert_close(normal, expected, rtol=0, atol=1e-5)
+    (example, _) = clips.train(long_clip, SampleRng(0))
+    assert example.video is not None
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (clips.mean, clips.std))
+    expected = (example.video / 255 - mean) / std
+    for batch in (clips.test_batch([example]), clips.collate([example], SampleRng(0))):
+        assert batch.video is not None
+        assert batch.video.dtype == torch.uint8
+        (video,) = finished(batch).video  # type: ignore[misc]
+        torch.testing.assert_close(video, expected, rtol=0, atol=1e-6)
+
+
+def test_rounding_moves_training_clips_by_a_level_at_most() -> None:
+    noise = record(np.random.RandomState(0).randint(0, 256, (8, 40, 56, 3)).astype(np.uint8))
+    for seed in range(5):
+        rounded, exact = (small(round_pixels=kept).train(noise, SampleRng(seed))[0] for kept in (True, False))
+        assert rounded.video is not None
+        assert exact.video is not None
+        assert (rounded.video.dtype, exact.video.dtype) == (torch.uint8, torch.float32)
+        assert 0 < (rounded.video - exact.video).abs().max() <= 1.01
+        assert (rounded.patch is None) == (exact.patch is None), "the draws are the same"
 
 
 def test_dense_sampling(long_clip: Record) -> None:
-    clips = small(**OFF, **PLAIN, sampling="dense", stride=2, test_clips=3, test_crops=1)
+    clips = small(**OFF, sampling="dense", stride=2, test_clips=3, test_crops=1)
     drawn = levels(clips.train(long_clip, SampleRng(0))[0])
     assert drawn[-1] - drawn[0] == 15
     views = clips.views(long_clip, SampleRng(0))
@@ -167,8 +189,8 @@ def test_dense_sampling(long_clip: Record) -> None:
 
 def test_a_short_clip_repeats_its_first_frame() -> None:
     clip = record(flat(5))
-    assert levels(small(**OFF, **PLAIN).train(clip, SampleRng(0))[0]) == [0] * 8
-    views = small(**OFF, **PLAIN, test_crops=1).views(clip, SampleRng(0))
+    assert levels(small(**OFF).train(clip, SampleRng(0))[0]) == [0] * 8
+    views = small(**OFF, test_crops=1).views(clip, SampleRng(0))
     assert [levels(view) for view in views] == [[0, 0, 1, 1, 2, 3, 3, 4], [0, 0, 1, 2, 2, 3, 4, 4]]
 
 
@@ -177,16 +199,14 @@ def test_views_come_clip_by_clip_and_then_crop_by_crop(reads: list[list[int]]) -
     frames = np.zeros((40, 16, 48, 3), dtype=np.uint8)
     frames[..., 0] = STEP * np.arange(40)[:, None, None]
     frames[..., 1] = STEP * np.arange(48)
-    views = small(**OFF, **PLAIN).views(record(frames), SampleRng(0))
+    views = small(**OFF).views(record(frames), SampleRng(0))
     assert len(reads) == 1
     assert len(views) == 6
     seen = []
     for view in views:
         assert view.video is not None
         assert view.label == 3
-        seen.append(
-            (view.video[0, :, 8, 8].mul(255 / STEP).round().tolist(), round(float(view.video[1, 0, 8, 0]) * 255 / STEP))
-        )
+        seen.append((view.video[0, :, 8, 8].div(STEP).round().tolist(), round(float(view.video[1, 0, 8, 0]) / STEP)))
     starts = [list(range(0, 40, 5)), list(range(2, 40, 5))]
     assert [left for _, left in seen] == [0, 16, 32, 0, 16, 32]
     assert [frame for frame, _ in seen] == [starts[0]] * 3 + [starts[1]] * 3
@@ -196,15 +216,15 @@ def test_views_scale_the_shorter_side() -> None:
     """A bright right half: after scaling 32x96 to 16x48, the crops are dark, half bright, bright."""
     frames = np.zeros((8, 32, 96, 3), dtype=np.uint8)
     frames[:, :, 48:] = 200
-    views = small(**OFF, **PLAIN, test_clips=1).views(record(frames), SampleRng(0))
-    assert [round(float(view.video.mean()) * 255 / 200, 1) for view in views] == [0.0, 0.5, 1.0]  # type: ignore[union-attr]
+    views = small(**OFF, test_clips=1).views(record(frames), SampleRng(0))
+    assert [round(float(view.video.float().mean()) / 200, 1) for view in views] == [0.0, 0.5, 1.0]  # type: ignore[union-attr]
     turned = record(frames.transpose(0, 2, 1, 3))
-    views = small(**OFF, **PLAIN, test_clips=1).views(turned, SampleRng(0))
-    assert [round(float(view.video.mean()) * 255 / 200, 1) for view in views] == [0.0, 0.5, 1.0]  # type: ignore[union-attr]
+    views = small(**OFF, test_clips=1).views(turned, SampleRng(0))
+    assert [round(float(view.video.float().mean()) / 200, 1) for view in views] == [0.0, 0.5, 1.0]  # type: ignore[union-attr]
 
 
 def test_a_single_test_clip_takes_middle_frames_unless_asked(long_clip: Record) -> None:
-    clips = small(**OFF, **PLAIN, test_clips=1, test_crops=1)
+    clips = small(**OFF, test_clips=1, test_crops=1)
     (view,) = clips.views(long_clip, SampleRng(0))
     assert levels(view) == list(range(2, 40, 5))
     random = dataclasses.replace(clips, test_offsets="random")
@@ -214,7 +234,7 @@ def test_a_single_test_clip_takes_middle_frames_unless_asked(long_clip: Record) 
 
 
 def test_probes(long_clip: Record, reads: list[list[int]]) -> None:
-    clips = small(**OFF, **PLAIN)
+    clips = small(**OFF)
     found = clips.all_views(long_clip, SampleRng(0), PROBES)
     assert len(reads) == 1, "all of them from one decode"
     assert list(found) == ["", *PROBES]
@@ -291,7 +311,10 @@ def test_collate_mixes(long_clip: Record) -> None:
     assert batch.label.tolist() == [3, 3, 1, 1]
     torch.testing.assert_close(batch.target.sum(1), torch.ones(4))
     assert (batch.target > 0.03).sum(1).tolist() == [2] * 4, "a share of both labels"
-    assert torch.equal(batch.video, again.video)  # type: ignore[arg-type]
+    assert batch.mixing is not None
+    assert batch.mixing == again.mixing
+    assert torch.equal(finished(batch).video, finished(again).video)  # type: ignore[arg-type]
+    assert not torch.equal(finished(batch).video, finish(clips, *examples))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="3 \\(an odd number\\)"):
         clips.collate(examples[:3], SampleRng(2))
 
@@ -313,7 +336,7 @@ def masked(**changes: Any) -> MaskedClipConfig:
 
 
 def test_masked_training_clips(long_clip: Record, reads: list[list[int]]) -> None:
-    clips = masked(**PLAIN, repeats=2)
+    clips = masked(repeats=2)
     examples = clips.train(long_clip, SampleRng(3))
     assert len(reads) == 1
     assert [levels(example) for example in examples] == [reads[0]] * 2
@@ -332,7 +355,7 @@ def test_masked_training_clips(long_clip: Record, reads: list[list[int]]) -> Non
 
 
 def test_masked_test_clip_is_the_middle(long_clip: Record) -> None:
-    found = masked(**PLAIN).all_views(long_clip, SampleRng(0), [])
+    found = masked().all_views(long_clip, SampleRng(0), [])
     ((view,),) = found.values()
     assert levels(view) == list(range(12, 28, 2))
     with pytest.raises(UserError, match="has no probes"):

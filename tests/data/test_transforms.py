@@ -163,3 +163,47 @@ def test_erasing_touches_the_box_alone() -> None:
     assert not video.any()
     assert inner.std() == pytest.approx(1.0, abs=0.05)
     assert not torch.equal(inner[:, 0], inner[:, 1]), "each frame has noise of its own"
+
+
+def test_a_patch_is_what_erasing_lays_upon_a_clip() -> None:
+    box = Box(2, 3, 10, 12)
+    erased = transforms.erase(torch.zeros(3, 4, 20, 20), box, torch.Generator().manual_seed(0))
+    patch = transforms.draw_patch(box, 4, torch.Generator().manual_seed(0))
+    assert patch.pixels.shape == (3, 4, 10, 12)
+    assert torch.equal(transforms.apply_patch(torch.zeros(3, 4, 20, 20), patch), erased)
+
+
+def test_a_box_of_resized_frames(frames: np.ndarray) -> None:
+    whole = transforms.resize_bilinear(frames, 17, 23)
+    box = Box(2, 5, 13, 11)
+    np.testing.assert_array_equal(transforms.resize_bilinear(frames, 17, 23, box), transforms.crop(whole, box))
+    same = transforms.resize_bilinear(frames, *transforms.frame_size(frames), box)
+    np.testing.assert_array_equal(same, transforms.crop(frames, box))
+
+
+def test_rounded_resizing_is_a_level_apart_at_most(frames: np.ndarray) -> None:
+    for size in (7, 16, 61):
+        exact = transforms.resize_video(transforms.to_video(frames), size)
+        rounded = transforms.resize_frames(transforms.crop(frames, Box(0, 0, *frames.shape[1:3])), size)
+        assert rounded.shape == (len(frames), size, size, 3)
+        apart = (transforms.as_video(rounded).float() - exact).abs()
+        assert apart.max() <= 1.01
+        assert apart.mean() < 0.35
+    same = frames[:, :9, :9]
+    assert transforms.resize_frames(same, 9) is same
+
+
+def test_hull() -> None:
+    assert transforms.hull([Box(0, 4, 5, 5), Box(0, 0, 5, 5), Box(0, 9, 5, 5)]) == Box(0, 0, 5, 14)
+    assert transforms.hull([Box(3, 4, 5, 6)]) == Box(3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2], [1], [2, 0, 1], [1, 1, 1], [0, 2]])
+def test_picked_frames(frames: np.ndarray, places: list[int]) -> None:
+    video = transforms.as_video(frames[:3])
+    picked = transforms.pick(video, np.array(places))
+    assert torch.equal(picked, video[:, places])
+    assert picked.stride(0) == 1
+    assert (picked.untyped_storage().data_ptr() == video.untyped_storage().data_ptr()) == (
+        places in ([0, 1, 2], [0, 2])
+    )

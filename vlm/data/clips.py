@@ -1,14 +1,16 @@
 """From a shard record to clips, and from clips to a batch: one config dataclass for each kind of training.
 
 `ClipConfig` is action recognition (labels, mixup, multi-view tests), `MaskedClipConfig` masked pretraining (VideoMAE,
-arXiv 2203.12602). Both decode a record once, however many clips, views or probes are made of it.
+arXiv 2203.12602). Both decode a record once, however many clips, views or probes are made of it. Pixels leave here as
+levels, 0 … 255; the model normalises them, erases and mixes (vlm.data.pixels), since whole numbers are a quarter of the
+bytes to write, to hand over and to copy to a device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.data import sampling
+from vlm.data import clip_frames, sampling
 from vlm.data import transforms as tf
+from vlm.data.clip_checks import check_clips, check_masked_clips
 from vlm.data.collate import stack
 from vlm.data.frame_operations import apply_operations
-from vlm.data.masks import num_hidden, tube_mask
+from vlm.data.masks import tube_mask
 from vlm.data.mixup import mix_batch, soft_targets
 from vlm.data.randaugment import parse_randaugment
 from vlm.data.rng import SampleRng
 from vlm.data.shards import ShardSet
-from vlm.data.video import DecodeError, count_frames, decode
-from vlm.types import Ask, Batch, Example, Record, UserError, Visit
+from vlm.types import Ask, Batch, Colours, Example, Record, UserError, Visit
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,6 +55,9 @@ class ClipConfig:
     strides (Kinetics)."""
     stride: int | None = None
     """Frames from one sampled frame to the next; dense sampling needs it, segments have none."""
+    round_pixels: bool = True
+    """Round training clips to whole levels (0 … 255) in each direction of their resize, at most a level in all; test
+    clips always are. false: as published, unrounded, in four times the bytes."""
     repeats: int = 2
     """Clips made of each training record: the same frames, augmented independently (repeated augmentation)."""
     randaugment: str | None = "rand-m7-n4-mstd0.5-inc1"
@@ -90,64 +95,7 @@ class ClipConfig:
     """Deviation of red, green, blue that the difference is divided by."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, ("num_frames", "size", "repeats", "test_clips", "test_crops"))
-        _at_least(self, 2, ("num_classes",))
-        _at_least(self, 0, ("mixup", "cutmix"))
-        _shares(self, ("erase_probability", "mixup_probability", "switch_probability", "label_smoothing"))
-        _colours(self)
-        self._check_sampling()
-        self._check_mixing()
-        if self.short_side < self.size:
-            raise ValueError(
-                f"inputs.short_side is {self.short_side}, less than inputs.size={self.size}: "
-                "a test crop would not fit into the frame; raise short_side or lower size"
-            )
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(
-                f"inputs.crop_scale is {self.crop_scale}; it must be two shares with 0 < least <= most <= 1"
-            )
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"inputs.crop_ratio is {self.crop_ratio}; it must be two ratios with 0 < least <= most")
-        if self.randaugment is not None:
-            try:
-                parse_randaugment(self.randaugment)
-            except ValueError as error:
-                raise ValueError(f"inputs.randaugment: {error}") from error
-
-    def _check_sampling(self) -> None:
-        if self.sampling not in ("segments", "dense"):
-            raise ValueError(f"inputs.sampling is {self.sampling!r}; it must be segments or dense")
-        if self.test_offsets not in ("middle", "random"):
-            raise ValueError(f"inputs.test_offsets is {self.test_offsets!r}; it must be middle or random")
-        segments = self.sampling == "segments"
-        if segments and self.stride is not None:
-            raise ValueError(
-                f"inputs.stride={self.stride} means nothing with inputs.sampling=segments, where the frames' distance "
-                "follows from the length of the video; set inputs.stride=none or inputs.sampling=dense"
-            )
-        if not segments and (self.stride is None or self.stride < 1):
-            raise ValueError(f"inputs.sampling=dense needs inputs.stride >= 1, but it is {self.stride}")
-        if segments and self.test_clips > 2:
-            raise ValueError(
-                f"inputs.test_clips is {self.test_clips}, but inputs.sampling=segments defines 1 (middle frames) or 2"
-            )
-        if self.test_offsets == "random" and not (segments and self.test_clips == 1):
-            raise ValueError(
-                f"inputs.test_offsets=random needs inputs.sampling=segments and inputs.test_clips=1, "
-                f"but they are {self.sampling} and {self.test_clips}"
-            )
-
-    def _check_mixing(self) -> None:
-        if self.mixup_probability != 1.0 and not (self.mixup or self.cutmix):
-            raise ValueError(
-                f"inputs.mixup_probability={self.mixup_probability} means nothing while inputs.mixup and inputs.cutmix "
-                "are 0; set one of them, or leave it at 1.0"
-            )
-        if self.switch_probability != 0.5 and not (self.mixup and self.cutmix):
-            raise ValueError(
-                f"inputs.switch_probability={self.switch_probability} means nothing unless both inputs.mixup and "
-                f"inputs.cutmix are on (they are {self.mixup} and {self.cutmix}); leave it at 0.5"
-            )
+        check_clips(self)
 
     task = "classes"
     probes: ClassVar[tuple[str, ...]] = PROBES
@@ -168,27 +116,31 @@ class ClipConfig:
             UserError: the record's label is missing or outside of 0 … num_classes - 1.
         """
         label = self._label(record)
-        num_frames = _frame_count(record)
+        num_frames = clip_frames.count(record)
         if self.stride is None:
             indices = sampling.segment_frames(num_frames, self.num_frames, rng.numpy)
         else:
             indices = sampling.dense_frames(num_frames, self.num_frames, self.stride, rng.numpy)
-        frames = _read(record, indices)
-        return [Example(key=record.key, video=self.augment(frames, rng), label=label) for _ in range(self.repeats)]
+        frames = clip_frames.read(record, indices)
+        clips = [self.augment(frames, rng) for _ in range(self.repeats)]
+        return [dataclasses.replace(clip, key=record.key, label=label) for clip in clips]
 
-    def augment(self, frames: np.ndarray, rng: SampleRng) -> Tensor:
-        """Frames (T, H, W, 3) uint8 -> one random training clip (3, T, size, size), normalised."""
+    def augment(self, frames: np.ndarray, rng: SampleRng) -> Example:
+        """Frames (T, H, W, 3) uint8 -> one random training clip, with what is to be erased of it."""
         steps = parse_randaugment(self.randaugment).draw(rng) if self.randaugment else []
         box = tf.draw_resized_crop(*tf.frame_size(frames), self.crop_scale, self.crop_ratio, rng.python)
-        video = tf.resize_video(tf.to_video(apply_operations(frames, steps, box)), self.size)
-        video = tf.normalize(video, self.mean, self.std)
+        frames = apply_operations(frames, steps, box)
+        if self.round_pixels:
+            video = tf.as_video(tf.resize_frames(frames, self.size))
+        else:
+            video = tf.resize_video(tf.to_video(frames), self.size)
         if self.flip and rng.numpy.uniform() < 0.5:
             video = video.flip(-1)
+        erased = None
         if self.erase_probability > 0:
             erased = tf.draw_erase_box(self.size, self.size, self.erase_probability, rng.python)
-            if erased is not None:
-                video = tf.erase(video, erased, rng.torch)
-        return video
+        patch = None if erased is None else tf.draw_patch(erased, self.num_frames, rng.torch)
+        return Example(key="", video=video, patch=patch)
 
     def views(self, record: Record, rng: SampleRng, probe: str | None = None) -> list[Example]:
         """The `test_clips * test_crops` views of a video, clip by clip and then crop by crop, from one decode.
@@ -212,11 +164,11 @@ class ClipConfig:
 
     def test_batch(self, examples: Sequence[Example]) -> Batch:
         """Views stacked, without mixing."""
-        return stack(examples)
+        return dataclasses.replace(stack(examples), colours=Colours(self.mean, self.std))
 
     def blank(self) -> Example:
         """An example that stands in where a process has nothing left to score."""
-        return Example(key="", video=torch.zeros(3, self.num_frames, self.size, self.size))
+        return _blank(self.num_frames, self.size)
 
     def all_views(self, record: Record, rng: SampleRng, probes: Sequence[str]) -> dict[str, list[Example]]:
         """The plain views under "" and those of each probe under its name, all from one decode (see `views`)."""
@@ -226,25 +178,23 @@ class ClipConfig:
         for name in names:
             _check_probe(name)
         label = self._label(record) if "label" in record.annotation else None
-        plain = self._test_indices(_frame_count(record), rng)
+        plain = self._test_indices(clip_frames.count(record), rng)
         clips = {name: _probed(plain, name, rng) for name in names}
         distinct = np.unique(np.concatenate([clip for several in clips.values() for clip in several]))
-        frames = _read(record, distinct)
-        frames = tf.resize_bilinear(frames, *tf.short_side_size(*tf.frame_size(frames), self.short_side))
-        boxes = tf.spatial_boxes(*tf.frame_size(frames), self.size, self.test_crops)
-        examples: dict[str, list[Example]] = {}
-        for name, several in clips.items():
-            places = [np.searchsorted(distinct, clip) for clip in several]
-            examples[name] = [
-                Example(key=record.key, video=self._view(tf.crop(frames, box)[place]), label=label)
-                for place in places
-                for box in boxes
+        frames = clip_frames.read(record, distinct)
+        height, width = tf.short_side_size(*tf.frame_size(frames), self.short_side)
+        boxes = tf.spatial_boxes(height, width, self.size, self.test_crops)
+        seen = tf.hull(boxes)
+        video = tf.as_video(tf.resize_bilinear(frames, height, width, seen))
+        views = [tf.crop_video(video, box.within(seen)) for box in boxes]
+        return {
+            name: [
+                Example(key=record.key, video=tf.pick(view, np.searchsorted(distinct, clip)), label=label)
+                for clip in several
+                for view in views
             ]
-        return examples
-
-    def _view(self, frames: np.ndarray) -> Tensor:
-        """Frames (T, size, size, 3) uint8 -> a test view (3, T, size, size), normalised."""
-        return tf.normalize(tf.to_video(frames), self.mean, self.std)
+            for name, several in clips.items()
+        }
 
     def _test_indices(self, num_frames: int, rng: SampleRng) -> list[np.ndarray]:
         if self.stride is not None:
@@ -259,13 +209,13 @@ class ClipConfig:
         Raises:
             UserError: mixing is on and the number of examples is odd.
         """
-        batch = stack(examples)
+        batch = dataclasses.replace(stack(examples), colours=Colours(self.mean, self.std))
         if batch.label is None:
             raise ValueError(f"the examples {batch.keys[:3]} … have no label: a training batch needs them")
         if self.mixup or self.cutmix:
             assert batch.video is not None
-            video, target = mix_batch(
-                batch.video,
+            mixing, target = mix_batch(
+                batch.video.shape,
                 batch.label,
                 num_classes=self.num_classes,
                 smoothing=self.label_smoothing,
@@ -275,7 +225,7 @@ class ClipConfig:
                 switch_probability=self.switch_probability,
                 generator=rng.numpy,
             )
-            return dataclasses.replace(batch, video=video, target=target)
+            return dataclasses.replace(batch, mixing=mixing, target=target)
         if self.label_smoothing:
             target = soft_targets(batch.label, self.num_classes, self.label_smoothing)
             return dataclasses.replace(batch, target=target)
@@ -317,24 +267,7 @@ class MaskedClipConfig:
     """Deviation of red, green, blue that the difference is divided by."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, ("num_frames", "size", "stride", "repeats", "patch_size", "tubelet_size"))
-        _shares(self, ("mask_ratio",))
-        _colours(self)
-        for whole, part in (("size", "patch_size"), ("num_frames", "tubelet_size")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"inputs.{whole}={getattr(self, whole)} is not a multiple of inputs.{part}={getattr(self, part)}"
-                )
-        positions = (self.size // self.patch_size) ** 2
-        if not 0 < num_hidden(positions, self.mask_ratio) < positions:
-            raise ValueError(
-                f"inputs.mask_ratio={self.mask_ratio} hides {num_hidden(positions, self.mask_ratio)} of the "
-                f"{positions} positions of a time slice; at least one must be hidden and one visible"
-            )
-        if not self.crop_scales or not all(0 < scale <= 1 for scale in self.crop_scales):
-            raise ValueError(
-                f"inputs.crop_scales is {self.crop_scales}; it must be shares of the shorter side, 0 < … <= 1"
-            )
+        check_masked_clips(self)
 
     task = "classes"
     probes: ClassVar[tuple[str, ...]] = ()
@@ -349,14 +282,14 @@ class MaskedClipConfig:
 
     def train(self, record: Record, rng: SampleRng, visit: Visit = WHOLE) -> list[Example]:
         """`repeats` randomly cropped clips of one decode, (3, T, size, size); raises DecodeError."""
-        indices = sampling.strided_frames(_frame_count(record), self.num_frames, self.stride, rng.numpy)
-        frames = _read(record, indices)
+        indices = sampling.strided_frames(clip_frames.count(record), self.num_frames, self.stride, rng.numpy)
+        frames = clip_frames.read(record, indices)
         return [Example(key=record.key, video=self.augment(frames, rng)) for _ in range(self.repeats)]
 
     def augment(self, frames: np.ndarray, rng: SampleRng) -> Tensor:
-        """Frames (T, H, W, 3) uint8 -> one random training clip (3, T, size, size), normalised."""
+        """Frames (T, H, W, 3) uint8 -> one random training clip (3, T, size, size) uint8."""
         box = tf.draw_multi_scale_crop(*tf.frame_size(frames), self.size, self.crop_scales, rng.python)
-        return tf.normalize(tf.to_video(tf.resize_antialiased(tf.crop(frames, box), self.size)), self.mean, self.std)
+        return tf.as_video(tf.resize_antialiased(tf.crop(frames, box), self.size))
 
     def views(self, record: Record, rng: SampleRng, probe: str | None = None) -> list[Example]:
         """One clip: the middle of the video, shorter side scaled to `size`, central crop; raises DecodeError.
@@ -367,11 +300,11 @@ class MaskedClipConfig:
             raise UserError(
                 f"probe {probe!r}: masked pretraining scores no classes, so it has no probes; set eval.probes=()"
             )
-        indices = sampling.strided_frames(_frame_count(record), self.num_frames, self.stride, None)
-        frames = _read(record, indices)
-        frames = tf.resize_bilinear(frames, *tf.short_side_size(*tf.frame_size(frames), self.size))
-        box = tf.center_box(*tf.frame_size(frames), self.size)
-        return [Example(key=record.key, video=tf.normalize(tf.to_video(tf.crop(frames, box)), self.mean, self.std))]
+        indices = sampling.strided_frames(clip_frames.count(record), self.num_frames, self.stride, None)
+        frames = clip_frames.read(record, indices)
+        height, width = tf.short_side_size(*tf.frame_size(frames), self.size)
+        frames = tf.resize_bilinear(frames, height, width, tf.center_box(height, width, self.size))
+        return [Example(key=record.key, video=tf.as_video(frames))]
 
     def asks(self, record: Record) -> tuple[Ask, ...]:
         """Nothing: masked pretraining scores no classes."""
@@ -379,11 +312,11 @@ class MaskedClipConfig:
 
     def test_batch(self, examples: Sequence[Example]) -> Batch:
         """Clips stacked, without masks."""
-        return stack(examples)
+        return dataclasses.replace(stack(examples), colours=Colours(self.mean, self.std))
 
     def blank(self) -> Example:
         """An example that stands in where a process has nothing left to score."""
-        return Example(key="", video=torch.zeros(3, self.num_frames, self.size, self.size))
+        return _blank(self.num_frames, self.size)
 
     def all_views(self, record: Record, rng: SampleRng, probes: Sequence[str]) -> dict[str, list[Example]]:
         """The single view under ""; there are no probes (UserError where one is asked for)."""
@@ -394,7 +327,11 @@ class MaskedClipConfig:
         side = self.size // self.patch_size
         slices = self.num_frames // self.tubelet_size
         masks = [tube_mask(slices, side, side, self.mask_ratio, rng.numpy) for _ in examples]
-        return dataclasses.replace(stack(examples), mask=torch.from_numpy(np.stack(masks)))
+        return dataclasses.replace(self.test_batch(examples), mask=torch.from_numpy(np.stack(masks)))
+
+
+def _blank(num_frames: int, size: int) -> Example:
+    return Example(key="", video=torch.zeros((num_frames, size, size, 3), dtype=torch.uint8).permute(3, 0, 1, 2))
 
 
 def _probed(clips: list[np.ndarray], probe: str, rng: SampleRng) -> list[np.ndarray]:
@@ -411,40 +348,3 @@ def _check_probe(name: str) -> None:
     if name and name not in PROBES:
         near = difflib.get_close_matches(name, PROBES, n=1, cutoff=0.0)[0]
         raise UserError(f"eval.probes: there is no probe {name!r}, only {', '.join(PROBES)}; did you mean {near!r}?")
-
-
-def _frame_count(record: Record) -> int:
-    """From the index, or, where the shard was made without looking, by decoding the whole video."""
-    if record.num_frames == -1:
-        return count_frames(_bytes(record))
-    return record.num_frames
-
-
-def _read(record: Record, indices: np.ndarray) -> np.ndarray:
-    """Frames (len(indices), H, W, 3) uint8."""
-    return decode(_bytes(record), indices.tolist(), decoders=record.decoders or ("pyav",))
-
-
-def _bytes(record: Record) -> bytes:
-    if record.video is None:
-        raise DecodeError(f"record {record.key!r} of {record.shard} has no video member")
-    return record.video
-
-
-def _at_least(config: object, least: int, names: Iterable[str]) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"inputs.{name} is {getattr(config, name)}; it must be at least {least}")
-
-
-def _shares(config: object, names: Iterable[str]) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"inputs.{name} is {getattr(config, name)}; it must be between 0 and 1")
-
-
-def _colours(config: ClipConfig | MaskedClipConfig) -> None:
-    if len(config.mean) != 3 or len(config.std) != 3 or min(config.std) <= 0:
-        raise ValueError(
-            f"inputs.mean={config.mean} and inputs.std={config.std} must be three numbers each, std above 0"
-        )

@@ -13,12 +13,20 @@ from vlm.types import Batch, Example
 def stack(examples: Sequence[Example]) -> Batch:
     """Examples of one shape as one batch: keys, video (B, C, T, H, W), and label (B,) int64 where all have one.
 
+    Clips keep their order in memory: colours stay innermost where they are.
+
     Raises:
-        ValueError: no examples; clips of different shapes; a label in some examples only.
+        ValueError: no examples; clips of different shapes or dtypes; a label in some examples only.
     """
     if not examples:
         raise ValueError("a batch needs at least one example")
-    return Batch(keys=tuple(example.key for example in examples), video=_videos(examples), label=_labels(examples))
+    patches = tuple(example.patch for example in examples)
+    return Batch(
+        keys=tuple(example.key for example in examples),
+        video=_videos(examples),
+        patches=patches if any(patch is not None for patch in patches) else (),
+        label=_labels(examples),
+    )
 
 
 def _videos(examples: Sequence[Example]) -> Tensor | None:
@@ -28,11 +36,14 @@ def _videos(examples: Sequence[Example]) -> Tensor | None:
     _check_all("video", examples, len(videos))
     for example in examples:
         assert example.video is not None
-        if example.video.shape != videos[0].shape:
+        if (example.video.shape, example.video.dtype) != (videos[0].shape, videos[0].dtype):
             raise ValueError(
-                f"clips of one batch must have one shape: {examples[0].key!r} is {tuple(videos[0].shape)}, "
-                f"{example.key!r} is {tuple(example.video.shape)} (channels, frames, height, width)"
+                f"clips of one batch must have one shape and dtype: {examples[0].key!r} is {tuple(videos[0].shape)}, "
+                f"{example.key!r} is {tuple(example.video.shape)} (channels, frames, height, width); "
+                f"{videos[0].dtype} and {example.video.dtype}"
             )
+    if videos[0].stride(0) == 1:
+        return torch.stack([video.permute(1, 2, 3, 0) for video in videos]).permute(0, 4, 1, 2, 3)
     return torch.stack(videos)
 
 

@@ -114,8 +114,8 @@ def _tabled(frames: np.ndarray, steps: Sequence[Step], box: Box) -> np.ndarray:
         table = _LEVELS
         for step in steps:
             table = _fixed_table(step)[table]
-        levels = np.frombuffer(part.tobytes().translate(table.tobytes()), np.uint8)
-        return levels.reshape(part.shape)
+        levels = bytearray(np.ascontiguousarray(part).data).translate(table.tobytes())
+        return np.frombuffer(levels, np.uint8).reshape(part.shape)
     made = np.empty(part.shape, np.uint8)
     for frame, piece, to in zip(frames, part, made, strict=True):
         tables = _frame_tables(Image.fromarray(np.ascontiguousarray(frame)), steps)

@@ -195,10 +195,13 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not Tensor or not _is_plain(value):
             return NotImplemented
-        flat = value.detach().contiguous().reshape(-1)
-        if not flat.numel():
+        if not value.numel():
             return _empty, (tuple(value.shape), value.dtype)
-        return _tensor, (pickle.PickleBuffer(flat.view(torch.uint8).numpy().data), tuple(value.shape), value.dtype)
+        # in the order in which it lies in memory: moving colours outwards would cost more than all the rest
+        order = sorted(range(value.ndim), key=value.stride().__getitem__, reverse=True)
+        stored = value.detach().permute(order).contiguous()
+        data = pickle.PickleBuffer(stored.reshape(-1).view(torch.uint8).numpy().data)
+        return _tensor, (data, tuple(stored.shape), value.dtype, tuple(np.argsort(order).tolist()))
 
 
 def _is_plain(value: Tensor) -> bool:
@@ -207,8 +210,8 @@ def _is_plain(value: Tensor) -> bool:
     return plain and not (value.is_quantized or value.is_conj() or value.is_neg() or value.__dict__)
 
 
-def _tensor(data: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+def _tensor(data: Any, shape: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(data, dtype=dtype).reshape(shape).permute(order)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from numpy.random import RandomState
 from torch import Tensor
 
-from vlm.types import UserError
+from vlm.types import Mixing, UserError
 
 
 class Mix(NamedTuple):
@@ -72,16 +72,20 @@ def mixed_targets(label: Tensor, num_classes: int, smoothing: float, share: floa
     return target * share + target.flip(0) * (1.0 - share)
 
 
-def apply_mix(video: Tensor, mix: Mix, generator: RandomState) -> tuple[Tensor, float]:
-    """The batch (B, C, T, H, W) mixed in place, and the share each clip really kept. Draws the box of a CutMix."""
+def draw_mixing(mix: Mix, height: int, width: int, generator: RandomState) -> Mixing | None:
+    """What a draw means to clips of this size, and so the share that each keeps; None: nothing. Draws CutMix's box."""
     if mix.share == 1.0:
-        return video, 1.0
+        return None
     if not mix.cut:
-        return blend(video, mix.share), mix.share
-    height, width = video.shape[-2:]
+        return Mixing(mix.share, None)
     row = int(generator.randint(0, height))
     cut = cut_around(height, width, mix.share, row, int(generator.randint(0, width)))
-    return paste(video, cut), kept_share(height, width, cut)
+    return Mixing(kept_share(height, width, cut), cut)
+
+
+def apply_mixing(video: Tensor, mixing: Mixing) -> Tensor:
+    """The batch (B, C, T, H, W) float, mixed in place."""
+    return blend(video, mixing.share) if mixing.cut is None else paste(video, Cut(*mixing.cut))
 
 
 def blend(video: Tensor, share: float) -> Tensor:
@@ -104,7 +108,7 @@ def paste(video: Tensor, cut: Cut) -> Tensor:
 
 
 def mix_batch(
-    video: Tensor,
+    shape: tuple[int, ...],
     label: Tensor,
     *,
     num_classes: int,
@@ -114,16 +118,16 @@ def mix_batch(
     probability: float,
     switch_probability: float,
     generator: RandomState,
-) -> tuple[Tensor, Tensor]:
-    """A batch (B, C, T, H, W) with labels (B,) -> the batch mixed in place and its targets (B, K).
+) -> tuple[Mixing | None, Tensor]:
+    """How a batch of this shape (B, C, T, H, W), with labels (B,), is mixed, and its targets (B, K).
 
     Raises:
         UserError: B is odd.
     """
-    _check_even(len(video))
+    _check_even(len(label))
     mix = draw_mix(mixup, cutmix, probability, switch_probability, generator)
-    video, share = apply_mix(video, mix, generator)
-    return video, mixed_targets(label, num_classes, smoothing, share)
+    mixing = draw_mixing(mix, shape[-2], shape[-1], generator)
+    return mixing, mixed_targets(label, num_classes, smoothing, 1.0 if mixing is None else mixing.share)
 
 
 def _check_even(batch_size: int) -> None:

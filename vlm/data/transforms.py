@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from vlm.data.box import Box
+from vlm.types import Patch
 
 # ---------------------------------------------------------------------------------------------------- boxes, drawn
 
@@ -129,6 +130,13 @@ def spatial_boxes(height: int, width: int, size: int, num_crops: int) -> list[Bo
     return [Box(across, start, size, size) for start in starts]
 
 
+def hull(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of these."""
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom, right = max(box.rows.stop for box in boxes), max(box.columns.stop for box in boxes)
+    return Box(top, left, bottom - top, right - left)
+
+
 # ------------------------------------------------------------------------------------------------- pixels to pixels
 
 
@@ -137,24 +145,26 @@ def crop(frames: np.ndarray, box: Box) -> np.ndarray:
     return frames[:, box.rows, box.columns]
 
 
-def resize_bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Frames (T, H, W, 3) uint8 resized without antialiasing, to the bit as OpenCV's INTER_LINEAR does it.
+def resize_bilinear(frames: np.ndarray, height: int, width: int, box: Box | None = None) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 resized without antialiasing, to the bit as OpenCV's INTER_LINEAR does it; or a box of
+    them.
 
     OpenCV interpolates 8-bit pictures with 11-bit weights and cuts off low bits between the passes, so rounding an
     exact interpolation would differ by one level at about a tenth of the pixels.
     """
     num_frames, old_height, old_width, channels = frames.shape
     if (old_height, old_width) == (height, width):
-        return frames
-    near, far, near_weight, far_weight = _taps(old_width, width)
+        return frames if box is None else crop(frames, box)
+    box = box or Box(0, 0, height, width)
+    near, far, near_weight, far_weight = (values[box.columns] for values in _taps(old_width, width))
     columns = np.arange(channels)
     near, far = (near[:, None] * channels + columns).ravel(), (far[:, None] * channels + columns).ravel()
     near_weight, far_weight = np.repeat(near_weight, channels), np.repeat(far_weight, channels)
-    above, below, above_weight, below_weight = _taps(old_height, height)
+    above, below, above_weight, below_weight = (values[box.rows] for values in _taps(old_height, height))
     above_weight, below_weight = above_weight[:, None], below_weight[:, None]
-    resized = np.empty((num_frames, height, width * channels), dtype=np.uint8)
+    resized = np.empty((num_frames, box.height, box.width * channels), dtype=np.uint8)
     # memory that the frames share: new arrays for each would take two fifths of the time
-    taken = np.empty((old_height, width * channels), dtype=np.uint8)
+    taken = np.empty((old_height, box.width * channels), dtype=np.uint8)
     across, other_across = np.empty((2, *taken.shape), dtype=np.int32)
     down, other_down = np.empty((2, *resized.shape[1:]), dtype=np.int32)
     for frame, place in zip(frames.reshape(num_frames, old_height, old_width * channels), resized, strict=True):
@@ -173,7 +183,7 @@ def resize_bilinear(frames: np.ndarray, height: int, width: int) -> np.ndarray:
         down += 2
         down >>= 2
         place[:] = down
-    return resized.reshape(num_frames, height, width, channels)
+    return resized.reshape(num_frames, box.height, box.width, channels)
 
 
 def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -201,9 +211,22 @@ def resize_antialiased(frames: np.ndarray, size: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ pixels to tensors
 
 
+def as_video(frames: np.ndarray) -> Tensor:
+    """Frames (T, H, W, 3) as (3, T, H, W): the same memory, colours innermost."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)
+
+
 def to_video(frames: np.ndarray) -> Tensor:
     """Frames (T, H, W, 3) uint8 as float32 (3, T, H, W), still 0 … 255, in memory of its own."""
     return torch.from_numpy(np.array(frames.transpose(3, 0, 1, 2), dtype=np.float32, order="C"))
+
+
+def pick(video: Tensor, places: np.ndarray) -> Tensor:
+    """The frames at these places of a video (3, T, H, W), colours innermost; a view where they are evenly spaced."""
+    steps = np.diff(places)
+    if len(steps) and steps[0] > 0 and (steps == steps[0]).all():
+        return video[:, places[0] : places[-1] + 1 : steps[0]]
+    return as_video(video.permute(1, 2, 3, 0).numpy()[places])
 
 
 def crop_video(video: Tensor, box: Box) -> Tensor:
@@ -218,15 +241,41 @@ def resize_video(video: Tensor, size: int) -> Tensor:
     return functional.interpolate(video, size=(size, size), mode="bilinear", align_corners=False)
 
 
+def resize_frames(frames: np.ndarray, size: int) -> np.ndarray:
+    """As `resize_video` of frames (T, H, W, 3) uint8, rounded to uint8 (T, size, size, 3) after each direction.
+
+    So at most one level from what `resize_video` makes.
+    """
+    if frames.shape[1:3] == (size, size):
+        return frames
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    resized = functional.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+    return resized.permute(0, 2, 3, 1).numpy()
+
+
 def normalize(video: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Video (3, T, H, W) float 0 … 255 as (video / 255 - mean) / std per channel, in place."""
-    deviation = torch.tensor(std, dtype=torch.float32).view(3, 1, 1, 1)
-    center = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1, 1)
-    return video.mul_(1 / (255 * deviation)).sub_(center / deviation)
+    """Video (…, 3, T, H, W) float32 0 … 255 as (video / 255 - mean) / std per channel, in place."""
+    deviation = torch.tensor(std, dtype=torch.float32)
+    center = torch.tensor(mean, dtype=torch.float32)
+    factor, shift = (values.view(3, 1, 1, 1).to(video.device) for values in (1 / (255 * deviation), center / deviation))
+    return video.mul_(factor).sub_(shift)
+
+
+def draw_patch(box: Box, num_frames: int, generator: Generator) -> Patch:
+    """Normal noise for the box of every frame, each its own."""
+    pixels = torch.empty((3, num_frames, box.height, box.width))
+    for frame in pixels.unbind(dim=1):
+        frame.copy_(torch.empty(frame.shape).normal_(generator=generator))
+    return Patch(box.top, box.left, pixels)
+
+
+def apply_patch(video: Tensor, patch: Patch) -> Tensor:
+    """Video (3, T, H, W) with the patch laid upon it, in place."""
+    height, width = patch.pixels.shape[-2:]
+    crop_video(video, Box(patch.top, patch.left, height, width)).copy_(patch.pixels)
+    return video
 
 
 def erase(video: Tensor, box: Box, generator: Generator) -> Tensor:
     """Video (3, T, H, W) with the box of every frame replaced, in place, by normal noise of its own."""
-    for frame in crop_video(video, box).unbind(dim=1):
-        frame.copy_(torch.empty(frame.shape).normal_(generator=generator))
-    return video
+    return apply_patch(video, draw_patch(box, video.shape[1], generator))

@@ -18,6 +18,7 @@ from transformers import Blip2Model, OPTConfig, OPTForCausalLM
 
 from tests import released as r
 from tests import released_video as v
+from tests.parity import gebc_models as g
 from tools import convert_ckpt
 from vlm.models import video_llama_files, video_llama_fit, video_llama_sizes
 from vlm.models.eva import TowerConfig
@@ -27,6 +28,7 @@ from vlm.models.opt_base import OptBaseConfig
 from vlm.models.video_llama import VideoLlamaConfig
 from vlm.nn.qformer import QFormerConfig
 from vlm.types import UserError
+from vlm.weights import write_safetensors
 
 FORMER = QFormerConfig(dim=v.QUERY, heads=v.QUERY_HEADS, hidden=v.HIDDEN)
 SIZES: dict[str, Any] = {
@@ -352,3 +354,52 @@ def test_names_of_extras_are_closed() -> None:
     """What may be kept aside is a list of published names; anything else is an unknown name."""
     with pytest.raises(UserError, match="1 tensors have names that this format does not know"):
         video_llama_files._to_ours({**EVA, "rel_pos": torch.ones(1)}, "lavis", "tower")
+
+
+# ---------------------------------------------------------------------------------------------- recorded models
+
+
+def language_folder(path: Path, state: dict[str, Tensor], prefix: str, config: dict[str, Any]) -> Path:
+    """The language model of a recorded state as a Hugging Face folder."""
+    path.mkdir()
+    own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix) and "inv_freq" not in n}
+    write_safetensors(path / "model.safetensors", own)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_recorded_video_llama(tmp_path: Path, golden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The originals' state -> ours, as a start of the recipe's model: the recorded loss; and back, to the bit."""
+    values = content(golden("gebc_videollama.pt"))
+    state, sizes = values["state_dict"], values["config"]["llama"]
+    v.released(tmp_path / "x.pth", state)
+    llama = language_folder(tmp_path / "llama", state, "llama_model.", {**sizes, "model_type": "llama"})
+    config = g.video_llama(values).config
+    tower = replace(config.tower, path=tmp_path / "x.pth")  # the published file itself
+    config = replace(config, tower=tower, llama=replace(config.llama, path=llama))
+    words = (tmp_path / "x.pth", tmp_path / "ours", "--from", "video_llama", "--to", "vlm")
+    r.convert(*words, *recipe(monkeypatch, config))
+    assert not (tmp_path / "ours" / "frozen.safetensors").exists()
+    model = replace(config, init_from=tmp_path / "ours").build().eval()
+    case = values["outputs"]["cases"]["stage2_caption"]
+    start = [values["config"]["bos_token_id"], *case["p_before_ids"]]
+    rows = g.caption_rows((start, case["p_after_ids"]), case["text_ids"], values["config"]["num_video_query_token"])
+    torch.testing.assert_close(g.mean_loss(model, g.clips(values["inputs"]["video"], rows)), case["loss"], **g.LOSS)
+    r.convert(*words, *recipe(monkeypatch, config), "--keep-frozen", "--force")
+    r.convert(tmp_path / "ours", tmp_path / "back.pth", "--from", "vlm", "--to", "video_llama", "--keep-frozen")
+    assert same(content(tmp_path / "back.pth")["model"], state)
+
+
+def test_recorded_llmva(tmp_path: Path, golden: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = content(golden("gebc_llmva.pt"))
+    state, sizes = values["state_dict"], values["config"]["opt"]
+    head = {name: t for name, t in state.items() if not name.startswith("opt_model.model.")}  # as they were saved
+    v.released(tmp_path / "x.pth", head)
+    opt = language_folder(tmp_path / "opt", state, "opt_model.", {**sizes, "model_type": "opt"})
+    config = g.llmva(values, prompt_pad="right").config
+    config = replace(config, opt=replace(config.opt, path=opt))
+    words = (tmp_path / "x.pth", tmp_path / "ours", "--from", "llmva", "--to", "vlm")
+    r.convert(*words, *recipe(monkeypatch, config))
+    model = replace(config, init_from=tmp_path / "ours").build().eval()
+    loss = g.mean_loss(model, g.boundaries(values, range(3)))
+    torch.testing.assert_close(loss, values["outputs"]["loss"], **g.LOSS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,10 @@ from vlm.models import video_llama_names as names
 from vlm.models import video_llama_pass as plain
 from vlm.models.eva import Tower, TowerConfig
 from vlm.models.formats import Model
-from vlm.models.llama_base import LlamaBaseConfig, read_llama
+from vlm.models.frozen_hashes import frozen_hash, language_model, own_hash
 from vlm.models.llama_facts import llama_config
-from vlm.models.llama_files import Tensors
 from vlm.models.llmva import LlmvaConfig
-from vlm.models.opt_base import OptBaseConfig, read_opt
 from vlm.models.published import BRANCHES, FAMILIES, KIND_TITLES, LLMVA, PROJECTION
-from vlm.models.tower_files import tower_tensors
 from vlm.models.video_llama import VideoLlamaConfig
 from vlm.models.video_llama_files import ASIDE, LONE_HEAD, leave
 from vlm.models.video_llama_sizes import (
@@ -47,7 +43,7 @@ from vlm.models.video_llama_sizes import (
 )
 from vlm.nn.qformer import read_memory
 from vlm.types import Batch, UserError
-from vlm.weights import Loader, diff_keys, open_tensors, state_hash
+from vlm.weights import diff_keys
 
 UNKNOWN = "unknown"
 LARGEST_DIFFERENCE = 1e-3
@@ -263,7 +259,7 @@ def branch_of(model: Model, shapes: Mapping[str, tuple[int, ...]], wish: Wish) -
 
 def _refuse_width(shapes: Mapping[str, tuple[int, ...]], config: Branch, wish: Wish) -> None:
     projection = projection_of(shapes)
-    width, llm = shapes[f"{projection}.weight"][0], _llm(config)
+    width, llm = shapes[f"{projection}.weight"][0], language_model(config)
     if width != llm.dim:
         sizes = {2560: "OPT-2.7B", 4096: "a 7B (or OPT-6.7B)", 5120: "a 13B"}
         names_ = [f"{w}{f', {sizes[w]}' if w in sizes else ''}" for w in (width, llm.dim)]
@@ -273,19 +269,13 @@ def _refuse_width(shapes: Mapping[str, tuple[int, ...]], config: Branch, wish: W
         )
 
 
-def _llm(config: Branch) -> LlamaBaseConfig | OptBaseConfig:
-    llm = config.language_model if isinstance(config, LlmvaConfig) else config.llama
-    assert llm is not None
-    return llm
-
-
 def note_frozen(model: Model, config: Branch, wish: Wish) -> None:
     """Learn, or compare, the hash of the frozen weights that a checkpoint of ours is tied to.
 
     UserError: it was trained on others, or the folder that is named is not there.
     """
     given = wish.recipe is not None or wish.base is not None
-    path = _llm(config).path
+    path = language_model(config).path
     if given and (wish.to_format == "vlm" or wish.base is not None) and path is not None and not path.exists():
         raise UserError(f"{wish.subject}: its language model {path} is not there. Mend: --base with its folder.")
     if given and (path is None or path.exists()):
@@ -305,51 +295,6 @@ def note_frozen(model: Model, config: Branch, wish: Wish) -> None:
                 "the language model that it belongs to is not known, so no recipe of the same system begins with it. "
                 "Mend: --base with its folder, or --recipe whose path is there"
             )
-
-
-def own_hash(model: Model) -> str | None:
-    """The hash of the frozen weights that a whole file holds itself; none: it holds no language model."""
-    llm = {name: t for name, t in model.tensors.items() if name.startswith("llm.") and name != LONE_HEAD}
-    if not llm:
-        return None
-    if LONE_HEAD in model.tensors and not any(name.startswith("llm.model.decoder.") for name in llm):
-        llm[LONE_HEAD] = model.tensors[LONE_HEAD]  # of a LLaMA, no copy
-    tower = {name: t for name, t in model.tensors.items() if name.startswith("tower.")}
-    return "+".join(state_hash(part) for part in (llm, tower) if part)
-
-
-def frozen_hash(config: Branch) -> str:
-    """`VideoSystem.frozen_hash` of the built model, with one tensor in memory at a time where there are files."""
-    parts = [_llm_hash(_llm(config))]
-    if config.tower is not None:
-        parts.append(_tower_hash(config.tower))
-    return "+".join(parts)
-
-
-def _llm_hash(llm: LlamaBaseConfig | OptBaseConfig) -> str:
-    if llm.path is None:
-        return state_hash({f"llm.{name}": p for name, p in replace(llm, quantise=None).build().named_parameters()})
-    stored = open_tensors(llm.path)
-    if isinstance(llm, OptBaseConfig):
-        loaders = read_opt(stored, str(llm.path))
-    else:
-        loaders = read_llama(stored, llm.heads, llm.num_kv_heads, str(llm.path))
-    return _streamed({f"llm.{name}": load for name, load in loaders.items()}, llm.dtype)
-
-
-def _tower_hash(tower: TowerConfig) -> str:
-    if tower.path is None:
-        return state_hash({f"tower.{name}": p for name, p in tower.build().named_parameters()})
-    loaders = tower_tensors(tower.path, tower.vision_path, tower.layers)
-    return _streamed({f"tower.{name}": load for name, load in loaders.items()}, tower.dtype)
-
-
-def _streamed(loaders: Mapping[str, Loader], dtype: str) -> str:
-    return state_hash(Tensors({n: partial(_rounded, load, getattr(torch, dtype)) for n, load in loaders.items()}))
-
-
-def _rounded(load: Loader, dtype: torch.dtype) -> Tensor:
-    return load().to(dtype)
 
 
 _TOLD = (

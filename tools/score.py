@@ -2,6 +2,7 @@
 
 python tools/score.py runs/demo/vit_llama           write metrics.json
 python tools/score.py runs/demo/vit_llama --check   only compare: exit status 1 where metrics.json is missing or differs
+python tools/score.py runs/gebc --spice corenlp     captions: by SPICE too (docs/captions.md says what it needs)
 """
 
 from __future__ import annotations
@@ -21,18 +22,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--check", action="store_true", help="only compare metrics.json with the predictions")
+    parser.add_argument(
+        "--spice", type=Path, metavar="DIR", help="score captions by SPICE too, with the CoreNLP 3.6.0 in DIR"
+    )
     args = parser.parse_args(arguments)
     try:
-        return score(args.run, args.check)
+        return score(args.run, args.check, args.spice)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def score(run: Path, check: bool) -> int:
+def score(run: Path, check: bool, spice: Path | None = None) -> int:
     """Returns 0; with `check`, 1 where metrics.json is missing or is not what the predictions give."""
     path = run / "metrics.json"
-    metrics = metrics_of(read_predictions(run / "predictions.jsonl"), kinds_of(run))
+    metrics = metrics_of(read_predictions(run / "predictions.jsonl"), kinds_of(run), spice)
+    if not metrics:
+        return _without_metrics(path, check)
     print(json.dumps(metrics, indent=1))
     wrong = _what_is_wrong(path, metrics)
     if not wrong:
@@ -46,15 +52,30 @@ def score(run: Path, check: bool) -> int:
     return 0
 
 
+def _without_metrics(path: Path, check: bool) -> int:
+    """Texts that nothing published can be compared with: a metrics.json would be of something else."""
+    print(f"{path.parent / 'predictions.jsonl'}: texts without published captions, so there is nothing to score")
+    if not path.exists():
+        return 0
+    if check:
+        print(f"{path}: is there all the same; without --check it is removed", file=sys.stderr)
+        return 1
+    path.unlink()
+    print(f"{path}: removed, since it is not of these predictions")
+    return 0
+
+
 def _what_is_wrong(path: Path, metrics: dict[str, float]) -> str:
     """Why metrics.json is not what the predictions give; "" where it is."""
     if not path.exists():
         return "missing"
     try:
-        changed = differences(read_json(path), metrics)
+        stored = read_json(path)
+        changed = differences(stored, metrics)
     except UserError as error:
         return f"damaged ({error})"
-    return f"differs from its predictions ({'; '.join(changed)})" if changed else ""
+    hint = "; it has SPICE: give --spice DIR" if "spice" in stored and "spice" not in metrics else ""
+    return f"differs from its predictions ({'; '.join(changed)}{hint})" if changed else ""
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 METRICS = {
     "classes": ("top1", "top5"),
     "choice": ("accuracy",),
-    "caption": ("exact_match", "bleu4", "rouge_l", "cider", "mean_score"),
+    "caption": ("exact_match", "bleu4", "rouge_l", "cider", "overall_cider_rouge_l"),
 }
 
 
@@ -147,7 +147,7 @@ class EvalConfig:
     """Also evaluate (without probes) every so many steps, to know the best checkpoint; 0: never."""
     metric: str = "top1"
     """Which metric decides the best checkpoint (larger is better): top1 or top5 (clips); accuracy or accuracy_KIND
-    (questions); exact_match, bleu4, rouge_l, cider or mean_score (texts)."""
+    (questions); exact_match, bleu4, rouge_l, cider, or overall_cider_rouge_l of GEBC's kinds (texts)."""
     generation: GenerationConfig | None = None
     """How texts are written; none where nothing is."""
 

@@ -397,9 +397,7 @@ def _gebc_test(repetition_penalty: float = 1.0) -> EvalConfig:
         shards="data/gebc/shards/val",
         batch_size=8,
         every=5000,
-        metric="mean_score",
+        metric="overall_cider_rouge_l",
         probes=("blind",),
-        generation=GenerationConfig(
-            max_new_tokens=29, min_new_tokens=1, num_beams=2, repetition_penalty=repetition_penalty
-        ),
+        generation=GenerationConfig(max_new_tokens=29, num_beams=2, repetition_penalty=repetition_penalty),
     )

@@ -18,7 +18,6 @@ from vlm.data.loader import TestItem, eval_loader
 from vlm.data.shards import ShardSet
 from vlm.distributed import World, from_main, gather_objects, share, stop_together
 from vlm.files import write_json, write_text
-from vlm.metrics.caption import describe
 from vlm.metrics import caption
 from vlm.recipe import Recipe
 from vlm.run.checkpoint import Progress
@@ -65,7 +64,6 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
             "records": len(shards),
             "scored": len(rows) - silent,
             "unscored": lost,
-            **({"scorer": describe()} if any(isinstance(row, Writing) for row in rows) else {}),
             **({"written_without_references": silent} if silent else {}),
             **({"texts_scored_by": caption.describe()} if metrics and isinstance(rows[0], Writing) else {}),
             **counters,

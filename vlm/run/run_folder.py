@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vlm.metrics import caption
-from vlm.metrics import caption
 from vlm.metrics.choice import choice_metrics
 from vlm.metrics.classify import classification_metrics
 from vlm.types import Prediction, UserError, Writing
@@ -83,7 +82,9 @@ def metrics_of(
     vlm.metrics.caption); nothing where no text has references."""
     writings = [row for row in rows if isinstance(row, Writing)]
     if writings:
-        return caption.score(writings) if any(row.references for row in writings) else {}
+        return caption.score(writings, spice=spice) if any(row.references for row in writings) else {}
+    if spice is not None:
+        raise UserError("SPICE is a score of texts, but these rows hold scores of classes or options")
     predictions = [row for row in rows if isinstance(row, Prediction)]
     if predictions and predictions[0].kind is not None:
         return choice_metrics(predictions, kinds)

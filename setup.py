@@ -35,6 +35,7 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.8,<3"],
         "mpi": ["mpi4py>=4"],
+        "metrics": ["pycocoevalcap>=1.2,<2"],
         "remote": ["s3fs>=2024.2"],
         "quantise": ["bitsandbytes>=0.46"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "mpi4py>=4"],

@@ -37,8 +37,8 @@ def bench() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def small(bench: ModuleType) -> object:
     return bench.Size(
-        clips=3, records=8, drawn=bench.Drawn(width=76, height=64, frames=34), side=32, turns=2, batches=1,
-        vast_shards=30, vast_rows=3, undecoded=200, decoded=16, workers=0,
+        clips=3, records=8, drawn=bench.Size().drawn._replace(width=76, height=64, frames=34), side=32, turns=2,
+        batches=1, vast_shards=30, vast_rows=3, undecoded=200, decoded=16, workers=0,
     )  # fmt: skip
 
 
@@ -55,29 +55,38 @@ def test_drawn_clips_are_the_same_each_time(bench: ModuleType, small: object) ->
 
 def test_the_rival_of_each_view_shows_what_we_show(bench: ModuleType, small: object, corpus: object) -> None:
     config: ClipConfig = small.recipe()
-    ours, rival = bench.our_training(corpus.shards, config, 2), bench.each_view_training(corpus, config, 2)
-    for _ in range(4):
-        mine, its = next(ours), next(rival)
-        assert mine.shape == its.shape == (4, 3, 16, 32, 32)
-        torch.testing.assert_close(mine, its, atol=bench.TOLERANCE, rtol=0)
-    mine, its = next(bench.our_test(corpus.shards, config, 1)), next(bench.each_view_test(corpus, config))
+    for rounded, apart in ((True, bench.TOLERANCE["train"]), (False, bench.TOLERANCE["test"])):
+        exact = replace(config, round_pixels=rounded)
+        ours, rival = bench.our_training(corpus.shards, exact, 2), bench.each_view_training(corpus, exact, 2)
+        for _ in range(4):
+            mine, its = bench.pixels(next(ours)), next(rival)
+            assert mine.shape == its.shape == (4, 3, 16, 32, 32)
+            torch.testing.assert_close(mine, its, atol=apart, rtol=0)
+    mine, its = bench.pixels(next(bench.our_test(corpus.shards, config, 1))), next(bench.each_view_test(corpus, config))
     assert mine.shape == its.shape == (6, 3, 16, 32, 32)
-    apart = 1e-5 if not bench.rival_loaders.missing("cv2") else 1.0  # Pillow resizes otherwise
-    assert (mine - its).abs().mean() < apart
+    mean = 1e-5 if not bench.rival_loaders.missing("cv2") else 1.0  # Pillow resizes otherwise
+    assert (mine - its).abs().mean() < mean
 
 
 def test_the_limit_decodes_the_frames_that_we_decode(bench: ModuleType, small: object, corpus: object) -> None:
     config: ClipConfig = small.plain()
-    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (config.mean, config.std))
     pairs = [
         (bench.our_training(corpus.shards, config), bench.limit_training(corpus.shards, config)),
         (bench.our_test(corpus.shards, config, bench.BATCH), bench.limit_test(corpus.shards, config)),
     ]
     for ours, limit in pairs:
         for _ in range(2):
-            pixels = (next(ours) * std + mean) * 255
-            expected = next(limit).permute(0, 4, 1, 2, 3).float()
-            assert (pixels - expected).abs().max() < 0.51  # the limit rounds
+            assert torch.equal(next(ours).video, next(limit).permute(0, 4, 1, 2, 3))
+
+
+def test_ours_can_be_finished_in_the_same_process(bench: ModuleType, small: object, corpus: object) -> None:
+    config: ClipConfig = small.recipe()
+    ours, finished = (bench.our_training(corpus.shards, config, 2) for _ in range(2))
+    batch = next(ours)
+    assert batch.video.dtype == torch.uint8
+    video = next(bench.finished_too(finished))
+    assert video.dtype == torch.float32
+    assert torch.equal(video, bench.pixels(batch))
 
 
 def test_webdataset_has_our_batches_and_those_missing_are_named(
@@ -95,6 +104,7 @@ def test_webdataset_has_our_batches_and_those_missing_are_named(
     assert set(results["skipped"]) == {"litdata", "energon"}
     assert "litdata          skipped: litdata cannot be imported" in capsys.readouterr().out
     assert {"limit_train", "limit_test", "webdataset", "webdataset_interval", "webdataset_wall"} <= set(results)
+    assert {"finished_train", "finished_test", "webdataset_over_finished"} <= set(results)
 
 
 def test_turns_and_ratio(bench: ModuleType) -> None:

@@ -84,6 +84,18 @@ def test_srun_is_mapped_and_needs_an_address(clean):
     assert [distributed.os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
 
 
+def test_a_job_of_one_task_finds_itself(clean):
+    for name, value in (("STEP_ID", "0"), ("NTASKS", "1"), ("PROCID", "0"), ("LOCALID", "0")):
+        clean.setenv(f"SLURM_{name}", value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # so that what the function sets is undone
+        clean.setenv(name, "x")
+        clean.delenv(name)
+    clean.setenv("MASTER_ADDR", "host")
+    clean.setenv("MASTER_PORT", "1234")
+    assert distributed._find_starter() == "slurm"
+    assert [distributed.os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "0"]
+
+
 def test_a_half_set_environment_is_refused(clean):
     clean.setenv("RANK", "0")
     with pytest.raises(UserError, match="only RANK"):

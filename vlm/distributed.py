@@ -93,9 +93,10 @@ def _find_starter() -> str:
     given = [name for name in _VARIABLES if name in os.environ]
     if len(given) == len(_VARIABLES):
         return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "deepspeed"
-    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    if "SLURM_STEP_ID" in os.environ and (several or set(given) == {"MASTER_ADDR", "MASTER_PORT"}):
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["WORLD_SIZE"] = os.environ.get("SLURM_NTASKS", "1")
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:

@@ -186,7 +186,7 @@ def test_an_answer_that_is_not_to_the_texts_is_told(spice_folder: Path) -> None:
     with pytest.raises(UserError, match=r"answered 1 of 2 texts in their order"):
         coco.tokenize(["a man", "a dog"])
     rows = [Writing(key="a", text="a man", references=["a man"])]
-    with pytest.warns(UserWarning, match=r"in their order.*found in Python"):
+    with pytest.warns(UserWarning, match=r"in their order.*scored in Python"):
         score(rows)
     with pytest.raises(UserError, match="in their order"):
         score(rows, "coco")

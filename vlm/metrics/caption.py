@@ -46,11 +46,14 @@ def describe(scorer: Scorer = "auto") -> str:
     Raises:
         UserError: it is to be COCO's evaluation, and that cannot run: says what is missing.
     """
-    if scorer == "python" or (scorer == "auto" and coco.missing()):
-        return "Python: vlm.metrics.ptb, vlm.metrics.ngrams"
-    if problem := coco.missing():
+    return coco.describe() if _measures(scorer) is _COCO else "Python: vlm.metrics.ptb, vlm.metrics.ngrams"
+
+
+def _measures(scorer: Scorer) -> _Measures:
+    problem = coco.missing() if scorer != "python" else ""
+    if problem and scorer == "coco":
         raise UserError(f"COCO's caption evaluation cannot run: {problem}; without it captions are scored in Python")
-    return coco.describe()
+    return _PYTHON if problem or scorer == "python" else _COCO
 
 
 def normalise(text: str) -> str:
@@ -77,8 +80,7 @@ def score(writings: Sequence[Writing], scorer: Scorer = "auto", spice: Path | No
     rows = [row for row in writings if row.references]
     if not rows:
         raise UserError(f"none of {len(writings)} texts has references to be scored by: use a split with captions")
-    measures = _PYTHON if describe(scorer) == describe("python") else _COCO
-    words = _words(rows, measures, scorer)
+    words, measures = _words(rows, _measures(scorer), scorer)
     figures: dict[str, float] = {
         "texts": len(rows),
         "texts_empty": sum(not row.text.strip() for row in rows),
@@ -112,17 +114,18 @@ def _check(writings: Sequence[Writing]) -> None:
             )
 
 
-def _words(rows: Sequence[Writing], measures: _Measures, scorer: Scorer) -> dict[str, list[str]]:
-    """The words of all texts and references."""
+def _words(rows: Sequence[Writing], measures: _Measures, scorer: Scorer) -> tuple[dict[str, list[str]], _Measures]:
+    """The words of all texts and references, and what is to score them: Python where Java gives none and need not."""
     texts = sorted({text for row in rows for text in (row.text, *row.references)})
     try:
         found = measures.words(texts)
     except UserError as error:
         if scorer == "coco":
             raise
-        warnings.warn(f"{error}; their words are found in Python", stacklevel=3)
-        found = _PYTHON.words(texts)
-    return dict(zip(texts, found, strict=True))
+        warnings.warn(f"{error}; these captions are scored in Python", stacklevel=3)
+        measures = _PYTHON
+        found = measures.words(texts)
+    return dict(zip(texts, found, strict=True)), measures
 
 
 def _exact(rows: Sequence[Writing], texts: Sequence[str]) -> float:

@@ -41,7 +41,11 @@ def missing() -> str:
 
 def describe() -> str:
     """What scores captions through `tokenize` and the three measures below."""
-    return f"{_PACKAGE} {importlib.metadata.version(_PACKAGE)}, PTBTokenizer of CoreNLP 3.4.1 in Java"
+    try:
+        version = importlib.metadata.version(_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path, not installed
+        version = "of unknown version"
+    return f"{_PACKAGE} {version}, PTBTokenizer of CoreNLP 3.4.1 in Java"
 
 
 @cache
@@ -72,8 +76,8 @@ def tokenize(texts: Sequence[str]) -> list[list[str]]:
     told = answer[1::2]
     if len(answer) != 2 * len(texts) + 1 or any(line.strip() != _BETWEEN for line in told):
         raise UserError(
-            f"the Java tokenizer gave {len(answer) // 2} lines for {len(texts)} texts: one of them joins lines, "
-            "as `<!--` without its end does; score them in Python"
+            f"the Java tokenizer answered {len(answer) // 2} of {len(texts)} texts in their order: its jar is not that "
+            "of pycocoevalcap 1.2, or a text upsets it"
         )
     return [[word for word in line.rstrip().split(" ") if word not in DROPPED and word] for line in answer[:-1:2]]
 

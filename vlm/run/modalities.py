@@ -55,18 +55,13 @@ class Blank:
         self._media: Batch | None = None
 
     def complete(self, batch: Batch) -> Batch:
-        """A batch of text that has a video, and passages to choose from, where these inputs know of any."""
-        lacks_video = all(getattr(batch, name) is None for name in VIDEO)
-        if self.inputs is None or not (lacks_video or batch.passages is None):
+        """A batch of text that has a video, where these inputs know of any; and with it passages to choose from."""
+        if self.inputs is None or any(getattr(batch, name) is not None for name in VIDEO):
             return batch
         if self._media is None:
             self._media = self.inputs.test_batch([self.inputs.blank()])
-        media, given = self._media, {}
-        if lacks_video:
-            given = {name: getattr(media, name) for name in (*VIDEO, "frame_counts", "extra", "colours")}
-        if batch.passages is None:
-            given["passages"] = media.passages
-        return replace(batch, **given)
+        given = {name: getattr(self._media, name) for name in (*VIDEO, "frame_counts", "extra", "colours")}
+        return replace(batch, passages=batch.passages or self._media.passages, **given)
 
     def clips(self) -> Batch:
         """A training batch of a system that knows no text, to be weighed 0."""

@@ -3,6 +3,8 @@
 python tools/score.py runs/demo/vit_llama           write metrics.json
 python tools/score.py runs/demo/vit_llama --check   only compare: exit status 1 where metrics.json is missing or differs
 python tools/score.py runs/gebc --spice corenlp     captions: by SPICE too (docs/captions.md says what it needs)
+python tools/score.py runs/gebc_test --submission gebc.zip      what the boundary captioning challenge takes; the same
+                                                    for the run on the other split adds it to the file
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from pathlib import Path
 
 from vlm.config import differences
 from vlm.files import write_json
+from vlm.metrics import submission
 from vlm.run.run_folder import kinds_of, metrics_of, read_json, read_predictions
-from vlm.types import UserError
+from vlm.types import UserError, Writing
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,8 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--spice", type=Path, metavar="DIR", help="score captions by SPICE too, with the CoreNLP 3.6.0 in DIR"
     )
+    parser.add_argument(
+        "--submission", type=Path, metavar="FILE.zip", help="write the captions of boundaries as GEBC's challenge wants"
+    )
     args = parser.parse_args(arguments)
     try:
+        if args.submission is not None:
+            submit(args.run, args.submission)
         return score(args.run, args.check, args.spice)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,6 +58,17 @@ def score(run: Path, check: bool, spice: Path | None = None) -> int:
     write_json(path, metrics)
     print(f"{path}: written (before: {wrong})")
     return 0
+
+
+def submit(run: Path, file: Path) -> None:
+    """Put the texts of a run into a submission to the boundary captioning challenge."""
+    rows = read_predictions(run / "predictions.jsonl")
+    writings = [row for row in rows if isinstance(row, Writing)]
+    if len(writings) < len(rows):
+        raise UserError(f"{run}: its predictions are no texts, so there is nothing to submit")
+    name, parts = submission.add(writings, file)
+    missing = {submission.VALIDATION, submission.TEST} - set(parts)
+    print(f"{file}: {name} written" + "".join(f"; {other} is still to come" for other in missing))
 
 
 def _without_metrics(path: Path, check: bool) -> int:

@@ -1,0 +1,70 @@
+"""The submission of the LOVEU boundary captioning challenge (Kinetics-GEB+): a zip of two pickles.
+
+`submit_val.pkl` and `submit_test.pkl` hold {boundary id: {"Subject", "Status_Before", "Status_After"}}, a text each, ""
+where none was written.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+
+from vlm.metrics.caption import GEBC_KINDS
+from vlm.types import UserError, Writing
+
+NAMES = dict(zip(GEBC_KINDS, ("Subject", "Status_Before", "Status_After"), strict=True))
+SPLITS = ("val", "test")
+
+Submission = dict[str, dict[str, str]]
+
+_DATE = (1980, 1, 1, 0, 0, 0)  # of every file in the zip, so that the same texts give the same bytes
+
+
+def submission(writings: Sequence[Writing], expected: Iterable[str] | None = None) -> Submission:
+    """Boundary id -> its three texts, in the order of `expected`, or in which the ids first come.
+
+    Args:
+        expected: the boundary ids of the split; those without texts are there with empty ones. None: those written of.
+    Raises:
+        UserError: no text; a text of no boundary or of a kind that is none of the three; a boundary with two texts of
+            a kind; an id that is not expected.
+    """
+    if not writings:
+        raise UserError("there are no texts to submit")
+    wanted = None if expected is None else list(expected)
+    found: Submission = {boundary: dict.fromkeys(NAMES.values(), "") for boundary in wanted or ()}
+    known = None if wanted is None else set(wanted)
+    seen: set[tuple[str, str]] = set()
+    for row in writings:
+        if row.kind not in NAMES or not row.id:
+            raise UserError(
+                f"text {row.key!r} (kind {row.kind!r}, id {row.id!r}) is none of {', '.join(NAMES)} of a boundary"
+            )
+        if known is not None and row.id not in known:
+            raise UserError(f"boundary {row.id!r} is not in the split's annotation: these texts are of another split")
+        if (row.id, row.kind) in seen:
+            raise UserError(f"boundary {row.id!r} has two texts of the kind {row.kind!r}")
+        seen.add((row.id, row.kind))
+        found.setdefault(row.id, dict.fromkeys(NAMES.values(), ""))[NAMES[row.kind]] = row.text
+    return found
+
+
+def empty(texts: Submission) -> list[str]:
+    """`boundary: kind` of the texts that are empty."""
+    return [f"{boundary}: {name}" for boundary, own in texts.items() for name, text in own.items() if not text.strip()]
+
+
+def archive(splits: Mapping[str, Submission]) -> bytes:
+    """The zip of these splits (`SPLITS`)."""
+    assert splits and set(splits) <= set(SPLITS), splits.keys()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for split in SPLITS:
+            if split in splits:
+                name = zipfile.ZipInfo(f"submit_{split}.pkl", _DATE)
+                name.compress_type = zipfile.ZIP_DEFLATED
+                name.external_attr = 0o644 << 16
+                file.writestr(name, pickle.dumps(splits[split], protocol=4))
+    return buffer.getvalue()

@@ -171,21 +171,22 @@ def notes(pair: Merge) -> list[str]:
 
 
 def prompts(pair: Merge, target: Path) -> list[str]:
-    """How the merged model is spoken to. Which Vicuna it is, the vocabulary tells."""
+    """How the merged model is spoken to, and what recipes say for it. Which Vicuna it is, the vocabulary tells."""
+    given = f"model.llama.path={target} inputs.tokenizer={target}"
     if pair.kind == "ziya":
-        return ["Ziya-LLaMA: <human>:…\\n<bot>: ; recipes for it set the template that Video-LLaMA trained with"]
+        return [f"recipes video_llama.*_ziya, {given}; Video-LLaMA trained on it with ###Human: … ###Assistant: …"]
     if pair.kind == "billa":
-        return ["BiLLa: Human: …\\nAssistant: ; recipes for it set the template that Video-LLaMA trained with"]
+        return [f"recipes video_llama.*_billa, {given}; Video-LLaMA trained on it with ###Human: … ###Assistant: …"]
     if pair.delta.words == pair.base.words:
         return [
             f"{pair.delta.words} words, no [PAD]: Vicuna v1.1. It expects USER: … ASSISTANT: … and ends with </s>.",
-            "Video-LLaMA, MiniGPT-4 and the video_llama recipes were made with v0 (###Human: … ###Assistant: …); on "
-            "v1.1 released weights answer badly. Mend: the delta v0, or train anew with a template for v1.1.",
+            "Video-LLaMA, MiniGPT-4 and the recipes video_llama.* were made with v0 (###Human: … ###Assistant: …): on "
+            "v1.1 released weights answer badly, and the recipes refuse its vocabulary. Mend: the delta v0.",
         ]
     return [
         f"{pair.delta.words} words with [PAD]: Vicuna v0. It expects ###Human: … ###Assistant: … and ends with ###, as "
-        "Video-LLaMA's and MiniGPT-4's released weights and the video_llama recipes do.",
-        f"In a recipe: model.llama.path={target} model.llama.vocab_size={pair.delta.words}",
+        "Video-LLaMA's and MiniGPT-4's released weights do (inputs.template=vicuna_v0, the default).",
+        f"recipes video_llama.pretrain, video_llama.finetune and *_vicuna13b, {given}",
     ]
 
 

@@ -113,7 +113,7 @@ def test_v0_has_a_word_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert torch.equal(got[name][WORDS], other[name][WORDS]), "the base has zeros there"
     said = capsys.readouterr().out
     assert "41 words with [PAD]: Vicuna v0. It expects ###Human: … ###Assistant: … and ends with ###" in said
-    assert f"model.llama.path={tmp_path / 'whole'} model.llama.vocab_size=41" in said
+    assert f"model.llama.path={tmp_path / 'whole'} inputs.tokenizer={tmp_path / 'whole'}" in said
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["vocab_size"] == 41
 
 

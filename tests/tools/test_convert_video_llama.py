@@ -20,6 +20,7 @@ from tests import released as r
 from tests import released_video as v
 from tests.parity import gebc_models as g
 from tools import convert_ckpt
+from vlm.config import to_dict
 from vlm.models import video_llama_files, video_llama_fit, video_llama_sizes
 from vlm.models.eva import TowerConfig
 from vlm.models.llama_base import LlamaBaseConfig
@@ -27,8 +28,9 @@ from vlm.models.llmva import LlmvaConfig
 from vlm.models.opt_base import OptBaseConfig
 from vlm.models.video_llama import VideoLlamaConfig
 from vlm.nn.qformer import QFormerConfig
+from vlm.recipe import load
 from vlm.types import UserError
-from vlm.weights import write_safetensors
+from vlm.weights import file_hash, write_safetensors
 
 FORMER = QFormerConfig(dim=v.QUERY, heads=v.QUERY_HEADS, hidden=v.HIDDEN)
 SIZES: dict[str, Any] = {
@@ -287,6 +289,11 @@ def test_training_starts_from_a_released_file(
         built.video_Qformer.layernorm.bias, VISION_BRANCH["video_Qformer.bert.embeddings.LayerNorm.bias"]
     )
     replace(config, tower=None, init_from=tmp_path / "ours").build()  # from stored tokens
+    absent = replace(config, tower=replace(TOWER, path=tmp_path / "absent"))
+    r.convert(*words, *recipe(monkeypatch, absent), "--force")
+    assert "its base is the language model alone" in capsys.readouterr().out
+    replace(config, init_from=tmp_path / "ours").build()
+    r.convert(*words, *recipe(monkeypatch, config), "--force")
     other = r.llama_folder(tmp_path / "other", dim=v.LLM, vocab_size=r.WORDS, seed=9)
     with pytest.raises(UserError, match="trained on other frozen weights"):
         replace(config, llama=replace(config.llama, path=other), init_from=tmp_path / "ours").build()
@@ -303,6 +310,9 @@ def test_base_alone_is_enough(tmp_path: Path, llama: Path, capsys: pytest.Captur
     stored = manifest(tmp_path / "ours")
     assert stored["recipe"]["model"]["qformer"]["heads"] == v.QUERY_HEADS
     assert stored["frozen_hash"] == video_llama_config(llama).build().frozen_hash()
+    r.convert(v.blip2_folder(tmp_path / "blip2"), tmp_path / "tower", "--from", "hf", "--to", "vlm")
+    seeing = video_llama_config(llama, tower=replace(TOWER, path=tmp_path / "tower"), init_from=tmp_path / "ours")
+    assert torch.equal(seeing.build().video_query_tokens, VISION_BRANCH["video_query_tokens"])
     wide = r.llama_folder(tmp_path / "wide", dim=2 * v.LLM, vocab_size=r.WORDS)
     said = r.refusal(capsys, *words, "--base", wide, "--force")
     assert "llama_proj was trained for a language model of width 32; the one given has 64" in said
@@ -354,6 +364,26 @@ def test_names_of_extras_are_closed() -> None:
     """What may be kept aside is a list of published names; anything else is an unknown name."""
     with pytest.raises(UserError, match="1 tensors have names that this format does not know"):
         video_llama_files._to_ours({**EVA, "rel_pos": torch.ones(1)}, "lavis", "tower")
+
+
+@pytest.mark.parametrize(("name", "family"), [("debug", "video_llama"), ("debug_gebc", "llmva")])
+def test_what_a_recipe_trains_becomes_a_released_file(tmp_path: Path, name: str, family: str) -> None:
+    """A training checkpoint -> .pth -> ours by the recipe's name, with the same hash -> a start."""
+    recipe = load(f"video_llama.{name}", [])
+    model = recipe.model.build()
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", trained)
+    file = {"bytes": (folder / "model.safetensors").stat().st_size, "sha256": file_hash(folder / "model.safetensors")}
+    stated = {"format": 1, "step": 7, "recipe": {"model": to_dict(recipe.model)}, "frozen_hash": model.frozen_hash()}
+    (folder / "manifest.json").write_text(json.dumps({**stated, "files": {"model.safetensors": file}}))
+    r.convert(folder, tmp_path / "x.pth", "--from", "vlm", "--to", family)
+    words = ("--from", family, "--to", "vlm", "--recipe", f"video_llama.{name}")
+    r.convert(tmp_path / "x.pth", tmp_path / "ours", *words)
+    assert manifest(tmp_path / "ours")["frozen_hash"] == model.frozen_hash()
+    started = load(f"video_llama.{name}", [f"model.init_from={tmp_path / 'ours'}"]).model.build()
+    assert all(torch.equal(p, trained[n]) for n, p in started.named_parameters() if n in trained)
 
 
 # ---------------------------------------------------------------------------------------------- recorded models

@@ -82,7 +82,8 @@ def read(family: str, path: Path, key: str | None) -> Model:
     }
     model = Model(kind=kind, tensors=tensors, source=source, dropped=dropped, unused=aside(tensors))
     if constants:
-        model.notes.append(f"{len(constants)} buffers are worked out anew ({', '.join(sorted(constants)[:2])} …)")
+        shown = ", ".join(sorted(constants)[:2]) + " …" * (len(constants) > 2)
+        model.notes.append(f"no tensors of ours, since they are worked out anew: {len(constants)} buffers ({shown})")
     return model
 
 

@@ -279,6 +279,12 @@ def note_frozen(model: Model, config: Branch, wish: Wish) -> None:
     if given and (wish.to_format == "vlm" or wish.base is not None) and path is not None and not path.exists():
         raise UserError(f"{wish.subject}: its language model {path} is not there. Mend: --base with its folder.")
     if given and (path is None or path.exists()):
+        tower = config.tower
+        if tower is not None and any(p is not None and not p.exists() for p in (tower.path, tower.vision_path)):
+            model.notes.append(
+                f"its tower {tower.path} is not there, so its base is the language model alone"
+            )
+            config = replace(config, tower=None)
         found = frozen_hash(config)
         stated = model.frozen_hash
         pairs = [] if stated in (None, UNKNOWN) else zip(str(stated).split("+"), found.split("+"))

@@ -58,7 +58,7 @@ def empty(texts: Submission) -> list[str]:
 
 def archive(splits: Mapping[str, Submission]) -> bytes:
     """The zip of these splits (`SPLITS`)."""
-    assert splits and set(splits) <= set(SPLITS), splits.keys()
+    assert set(splits) <= set(SPLITS), splits.keys()
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
         for split in SPLITS:

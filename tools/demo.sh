@@ -20,7 +20,7 @@ fi
 corpus=(--train 3200 --test 192 --sequences 80) sharding=(--shard-samples 400)
 made_from=$({
     echo "${corpus[@]}" "${sharding[@]}"
-    cat vlm/sources/*shapes.py tools/render_shapes.py tools/make_shards.py vlm/data/shard*.py vlm/data/video.py
+    cat vlm/sources/*shapes.py tools/render_shapes.py tools/make_shards.py vlm/data/shard*.py vlm/data/video*.py
 } | cksum)
 if [ -f "$data/.made_from" ] && [ "$(cat "$data/.made_from")" != "$made_from" ]; then
     echo "make demo: the programs that made $data have changed; removing it and making it again"
@@ -29,21 +29,25 @@ fi
 mkdir -p "$data"
 echo "$made_from" >"$data/.made_from"
 # ViT-LLaMA reads pixels; the others read features of frames, and a language model that has only ever read text.
-kind=shards
+kind=shards llama=llama speech=questions stages=("$system.demo")
 if [ "$system" != vit_llama ]; then kind=shards_features; fi
+if [ "$system" = video_llama ]; then
+    llama=llama_dialogues speech=dialogues stages=(video_llama.demo_pretrain video_llama.demo)
+fi
 # Meanwhile, on one core, a language model learns to read: it needs nothing of the corpus.
 reading=
 if [ $kind = shards_features ]; then
-    read_from=$(cat vlm/models/{text_base,story_rows,llama_base}.py vlm/sources/common_{stories,shapes}.py \
-        vlm/data/{views,prompts,tokenizers}.py tools/pretrain_text.py | cksum)
-    if [ -f "$data/.llama_made_from" ] && [ "$(cat "$data/.llama_made_from")" != "$read_from" ]; then
-        echo "make demo: the programs that made $data/llama have changed; removing it and making it again"
-        rm -rf "$data/llama"
+    read_from=$(cat vlm/models/{text_base,story_rows,story_dialogues,llama_base}.py \
+        vlm/sources/common_{stories,shapes}.py vlm/data/{views,templates,prompts,tokenizers}.py \
+        tools/pretrain_text.py | cksum)
+    if [ -f "$data/.${llama}_made_from" ] && [ "$(cat "$data/.${llama}_made_from")" != "$read_from" ]; then
+        echo "make demo: the programs that made $data/$llama have changed; removing it and making it again"
+        rm -rf "${data:?}/$llama"
     fi
-    echo "$read_from" >"$data/.llama_made_from"
-    if [ ! -d "$data/llama" ]; then
+    echo "$read_from" >"$data/.${llama}_made_from"
+    if [ ! -d "$data/$llama" ]; then
         echo "make demo: teaching a tiny LLaMA to read, on text alone, beside what follows"
-        OMP_NUM_THREADS=1 $python tools/pretrain_text.py --threads 1 --out "$data/llama" \
+        OMP_NUM_THREADS=1 $python tools/pretrain_text.py --threads 1 --out "$data/$llama" --speech "$speech" \
             > >(sed -u 's/^/tiny LLaMA: /') 2>&1 &
         reading=$!
         trap '[ -z "$reading" ] || kill "$reading" 2>/dev/null' EXIT
@@ -75,27 +79,42 @@ if [ -n "$reading" ]; then
 fi
 
 run=$runs/$system
-if [ -f "$run/.lock" ] && command -v flock >/dev/null && ! flock -n "$run/.lock" true; then
-    echo "make demo: $(cat "$run/.lock") is writing $run: wait for it, or end it" >&2
-    exit 2
-fi
+for stage in "$run"_pretrain "$run"; do
+    if [ -f "$stage/.lock" ] && command -v flock >/dev/null && ! flock -n "$stage/.lock" true; then
+        echo "make demo: $(cat "$stage/.lock") is writing $stage: wait for it, or end it" >&2
+        exit 2
+    fi
+done
 if [ -f "$run/report.html" ]; then
     echo "make demo: keeping the finished run as $run.previous"
-    rm -rf "$run.previous"
-    mv "$run" "$run.previous"
+    for stage in "$run"_pretrain "$run"; do
+        rm -rf "$stage.previous"
+        if [ -d "$stage" ]; then mv "$stage" "$stage.previous"; fi
+    done
 elif [ -d "$run/checkpoints" ]; then
     echo "make demo: $run was interrupted; going on from its last checkpoint"
+elif [ -d "${run}_pretrain/checkpoints" ]; then
+    echo "make demo: ${run}_pretrain was interrupted, or its second stage has not begun; going on from there"
 fi
 
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 if [ "$gpus" -lt 2 ]; then export DS_ACCELERATOR=cpu; fi # two processes need two GPUs, or none
-overrides=(run_dir="$run")
-if [ "$data" != data/demo ]; then
-    overrides+=(data.shards="$data/$kind/train" eval.shards="$data/$kind/test")
-    if [ $kind = shards_features ]; then
-        overrides+=(model.llama.path="$data/llama" inputs.tokenizer="$data/llama/tokenizer.model")
+for stage in "${stages[@]}"; do
+    overrides=(run_dir="$run")
+    if [[ $stage == *.demo_pretrain ]]; then
+        overrides=(run_dir="${run}_pretrain")
+        if [ -f "${run}_pretrain/report.html" ]; then continue; fi # done before
+    elif [ ${#stages[@]} -gt 1 ]; then
+        overrides+=(model.init_from="${run}_pretrain")
     fi
-fi
-PATH=$PWD/.venv/bin:$PATH .venv/bin/deepspeed --num_gpus 2 launch/train.py \
-    --deepspeed_config ds_configs/cpu.json --recipe "$system.demo" "${overrides[@]}"
+    if [ "$data" != data/demo ]; then
+        overrides+=(data.shards="$data/$kind/train")
+        if [[ $stage == *.demo ]]; then overrides+=(eval.shards="$data/$kind/test"); fi
+        if [ $kind = shards_features ]; then
+            overrides+=(model.llama.path="$data/$llama" inputs.tokenizer="$data/$llama/tokenizer.model")
+        fi
+    fi
+    PATH=$PWD/.venv/bin:$PATH .venv/bin/deepspeed --num_gpus 2 launch/train.py \
+        --deepspeed_config ds_configs/cpu.json --recipe "$stage" "${overrides[@]}"
+done
 echo "make demo: done; the report is $run/report.html" # once more: the launcher has had the last word

@@ -225,7 +225,7 @@ def test_reader_names_what_is_missing(corpus, tmp_path):
         list(read(tmp_path, "train", ()))
     foreign = tmp_path / "other.json"
     foreign.write_text("[]")
-    with pytest.raises(UserError, match="moving-shapes/1"):
+    with pytest.raises(UserError, match="moving-shapes/2"):
         list(read(corpus, "train", [foreign]))
     moved = tmp_path / "annotations/test.json"
     moved.parent.mkdir()

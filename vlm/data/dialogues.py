@@ -197,7 +197,8 @@ class DialogueConfig:
         asked = []
         if self._tests("caption", record):
             words = self._caption(record, self._is_image(record))
-            asked.append(Ask(record.key, None, kind="", question=self._line(None) or "", references=(words,)))
+            line = (self._line(None) or "").replace(PLACE, "").strip()
+            asked.append(Ask(record.key, None, kind="", question=line, references=(words,)))
         if self._tests("dialogue", record):
             turns = _turns(record)
             answers = [place for place, turn in enumerate(turns) if turn["from"] == "gpt"]

@@ -22,7 +22,7 @@ from vlm.data.prompts import PromptEncoder
 from vlm.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from vlm.data.views import VIEWS, Item, items
 from vlm.sources.common_stories import NUM_TOLD, Frame, phrases, stories
-from vlm.types import IGNORE, Prompt, Text, Video
+from vlm.types import IGNORE, Prompt, Segment, Text, Video
 
 KINDS = ("motion", "colour", "shape")
 """Forms of the view `answer`: one a kind of question."""
@@ -66,8 +66,7 @@ def encode_stories(tokenizer: Tokenizer, number: int, seed: int) -> dict[str, Ro
             found["told"].append((told(answer, item), story.frames))
             if item.kind != "shape":
                 found["judged"].append((judged(answer, item), story.frames))
-    words = {word for _, frames in found["caption"] for frame in frames for word in frame}
-    ids = {word: _one(tokenizer, word) for word in words}
+    ids = word_ids(tokenizer, [frames for _, frames in found["caption"]])
     return {
         form: encode_rows(
             encoder,
@@ -90,7 +89,7 @@ def judged(answer: Prompt, item: Item) -> Prompt:
     """Video (and caption), question and each option -> yes or no. `answer`: the view's prompt of this item."""
     before, ask = _question_of(answer)
     head, *rest = ask.text.split("\n(")
-    prompt: list[Text | Video] = [*before, ask._replace(text=head)]
+    prompt: list[Segment] = [*before, ask._replace(text=head)]
     options = [option.partition("\n")[0] for option in rest]
     for place, option in enumerate(options):
         prompt += [Text(f"\n({option}"), Text(" yes" if place == item.answer else " no", learn=True)]
@@ -106,15 +105,21 @@ def _question_of(answer: Prompt) -> tuple[Prompt, Text]:
     return tuple(before), ask
 
 
+def word_ids(tokenizer: Tokenizer, told: Iterable[tuple[Frame, ...]]) -> dict[str, int]:
+    """The token of each word that tells a frame."""
+    return {word: _one(tokenizer, word) for word in {word for frames in told for frame in frames for word in frame}}
+
+
 def _one(tokenizer: Tokenizer, word: str) -> int:
     found = tokenizer.encode(word)
     assert len(found) == 1, f"{word!r} is {len(found)} tokens"
     return found[0]
 
 
-def encode_rows(encoder: PromptEncoder, prompts: Sequence[Prompt], words: Tensor) -> Rows:
-    """Prompts as rows. `words`: (R, F, words of a frame) int64 ids; F is 0 where rows have no frames."""
-    encoded = [encoder.encode(prompt) for prompt in prompts]
+def encode_rows(encoder: PromptEncoder, prompts: Sequence[Prompt], words: Tensor, *, end: bool = True) -> Rows:
+    """Prompts as rows. `words`: (R, F, words of a frame) int64 ids; F is 0 where rows have no frames. `end`: close each
+    with the end token."""
+    encoded = [encoder.encode(prompt, end=end) for prompt in prompts]
     shape = (len(encoded), max(len(tokens.ids) for tokens in encoded))
     rows = Rows(
         ids=torch.zeros(shape, dtype=torch.int64),
@@ -131,7 +136,13 @@ def encode_rows(encoder: PromptEncoder, prompts: Sequence[Prompt], words: Tensor
 
 def make_tokenizer(file: Path) -> SentencePieceTokenizer:
     """A sentencepiece model that knows each expression of prompts and stories as one piece, and any text by bytes."""
-    fixed = list(dict.fromkeys(_lines_of_prompts()))
+    tokenizer = train_tokenizer(file, list(dict.fromkeys(_lines_of_prompts())))
+    assert tokenizer.vocab_size == VOCAB_SIZE, f"{tokenizer.vocab_size} words: set VOCAB_SIZE"
+    return tokenizer
+
+
+def train_tokenizer(file: Path, fixed: Sequence[str]) -> SentencePieceTokenizer:
+    """A sentencepiece model that knows `fixed` lines and what stories say as one piece each."""
     known = [phrase for phrase in (*fixed, *phrases(), "yes", "no") for _ in range(3)]
     with file.open("wb") as out:
         sentencepiece.SentencePieceTrainer.train(
@@ -151,9 +162,7 @@ def make_tokenizer(file: Path) -> SentencePieceTokenizer:
             num_threads=1,
             minloglevel=2,
         )
-    tokenizer = SentencePieceTokenizer(file)
-    assert tokenizer.vocab_size == VOCAB_SIZE, f"{tokenizer.vocab_size} words: set VOCAB_SIZE"
-    return tokenizer
+    return SentencePieceTokenizer(file)
 
 
 def _lines_of_prompts() -> Iterable[str]:

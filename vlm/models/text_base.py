@@ -23,25 +23,35 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
+from vlm.data.tokenizers import Tokenizer
+from vlm.models import story_dialogues, story_rows
 from vlm.models.llama_base import LlamaBaseConfig
-from vlm.models.story_rows import KINDS, VOCAB_SIZE, Rows, encode_stories, join, make_tokenizer
+from vlm.models.story_rows import KINDS, Rows, join
 from vlm.types import IGNORE, UserError
 
 SETTINGS = "pretraining.json"  # in the folder: what it was made with and how well it reads
-TELL = {"caption": 0.7, "told": 0.3}
+SPEAK = {"bare": 0.3, "asked": 0.3, "dialogue": 0.4}
+TELL = {"questions": {"caption": 0.7, "told": 0.3}, "dialogues": SPEAK}
 """Share of each form in a batch while it learns to tell …"""
-CHOOSE = {"caption": 0.08, "told": 0.08, "judged": 0.28, "motion": 0.32, "colour": 0.1, "shape": 0.14}
-"""… and while it learns to choose."""
+CHOOSE = {
+    "questions": {"caption": 0.08, "told": 0.08, "judged": 0.28, "motion": 0.32, "colour": 0.1, "shape": 0.14},
+    "dialogues": SPEAK,
+}
+"""… and while it learns to choose. Dialogues have nothing to choose from: the rates fall there, no more."""
 DECAY = 0.4  # of the steps on choosing: in the last ones the rates fall to 0
 TOLD = 0.03  # mean loss of the last steps at which telling is learnt
-TOGETHER = (("caption", "told"), ("judged", *KINDS))  # forms of about the same length: one pass each
+TOGETHER = (
+    ("caption", "told"),
+    ("judged", *KINDS),
+    *((form,) for form in SPEAK),
+)  # forms of about the same length: one pass each
 FORMAT = 1  # raise it when the same settings would make another model
 
 
@@ -49,6 +59,9 @@ FORMAT = 1  # raise it when the same settings would make another model
 class TextBaseConfig:
     """A LLaMA and its training on stories."""
 
+    speech: Literal["questions", "dialogues"] = "questions"
+    """Which prompts it reads. questions: those of systems that choose between options (vlm/data/views.py); dialogues:
+    captions and dialogues, as Video-LLaMA's (vlm/data/templates.py)."""
     dim: int = 64
     """Width (D)."""
     layers: int = 6
@@ -81,6 +94,8 @@ class TextBaseConfig:
     """Decides stories, initial weights and order."""
 
     def __post_init__(self) -> None:
+        if self.speech not in TELL:
+            raise UserError(f"speech is {self.speech!r}; it must be {' or '.join(TELL)}")
         for name in ("stories", "held_out", "tell_steps", "choose_steps", "batch_size", "warmup_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -93,11 +108,32 @@ class TextBaseConfig:
             layers=self.layers,
             heads=self.heads,
             hidden=self.hidden,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=_SPEECHES[self.speech].vocab_size,
             rope_theta=self.rope_theta,
             random_seed=self.seed,
         )
 
+
+def dialogue_base() -> TextBaseConfig:
+    """The language model of Video-LLaMA's demo: it only tells, so all its blocks learn at once."""
+    return TextBaseConfig(speech="dialogues", layers=4, tell_layers=4, tell_steps=500, choose_steps=150)
+
+
+@dataclass(frozen=True, slots=True)
+class _Speech:
+    """Rows of one way to speak."""
+
+    vocab_size: int
+    tokenizer: Callable[[Path], Tokenizer]
+    encode: Callable[[Tokenizer, int, int], dict[str, Rows]]  # of so many stories from a seed
+
+
+_SPEECHES = {
+    "questions": _Speech(story_rows.VOCAB_SIZE, story_rows.make_tokenizer, story_rows.encode_stories),
+    "dialogues": _Speech(
+        story_dialogues.VOCAB_SIZE, story_dialogues.make_dialogue_tokenizer, story_dialogues.encode_dialogues
+    ),
+}
 
 Report = Callable[[int, int, str], None]  # steps done, of how many, how it stands
 
@@ -120,10 +156,11 @@ def pretrain(config: TextBaseConfig, folder: Path, report: Report = _silent) -> 
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        tokenizer = make_tokenizer(unfinished / "tokenizer.model")
+        speech = _SPEECHES[config.speech]
+        tokenizer = speech.tokenizer(unfinished / "tokenizer.model")
         model = initial_model(config)
-        train(model, encode_stories(tokenizer, config.stories, 2 * config.seed), config, report)
-        held_out = encode_stories(tokenizer, config.held_out, 2 * config.seed + 1)
+        train(model, speech.encode(tokenizer, config.stories, 2 * config.seed), config, report)
+        held_out = speech.encode(tokenizer, config.held_out, 2 * config.seed + 1)
         accuracy = {form: round(measure(model, rows), 4) for form, rows in held_out.items()}
         model.save_pretrained(unfinished)
         (unfinished / SETTINGS).write_text(json.dumps({"settings": settings, "accuracy": accuracy}, indent=1))
@@ -239,13 +276,13 @@ def train(model: LlamaForCausalLM, tables: dict[str, Rows], config: TextBaseConf
     mean, done = 1.0, 0
     while done < config.tell_steps and mean > TOLD:
         warm = min(1.0, (done + 1) / config.warmup_steps)
-        mean += 0.05 * (step(TELL, warm, config.tell_layers) - mean)
+        mean += 0.05 * (step(TELL[config.speech], warm, config.tell_layers) - mean)
         done += 1
         report(done, most, f"telling, loss {mean:.3f}")
     most = done + config.choose_steps
     for number in range(config.choose_steps):
         left = (config.choose_steps - number) / config.choose_steps
-        mean += 0.05 * (step(CHOOSE, min(1.0, left / DECAY)) - mean)
+        mean += 0.05 * (step(CHOOSE[config.speech], min(1.0, left / DECAY)) - mean)
         report(done + number + 1, most, f"choosing, loss {mean:.3f}")
 
 

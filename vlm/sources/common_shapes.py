@@ -189,6 +189,7 @@ def _group(rng: np.random.Generator, split: str, first: int, scene: Scene, leg: 
             ],
             "attributes": _attributes(scene, distance, leg),
         }
+        annotation["conversations"] = _conversation(annotation["questions"])
         key = f"{split}-{first + int(places[label]):05d}"
         clips.append(Clip(key=key, scene=scene, centres=centres, annotation=annotation))
     return sorted(clips, key=lambda clip: clip.key)
@@ -228,6 +229,7 @@ def _sequence(rng: np.random.Generator, key: str, scene: Scene, leg: int) -> Cli
         ],
         "attributes": _attributes(scene, distance, leg),
     }
+    annotation["conversations"] = _conversation(annotation["questions"])
     return Clip(key=key, scene=scene, centres=np.concatenate(parts), annotation=annotation)
 
 
@@ -257,6 +259,16 @@ def _appearance_questions(rng: np.random.Generator, scene: Scene, turn: int) -> 
         _question(rng, "what colour is the shape that moves?", scene.colour, colours, turn + 1, "colour"),
         _question(rng, "what shape is it that moves?", scene.shape, shapes, turn + 2, "shape"),
     ]
+
+
+def _conversation(questions: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The questions, asked one after the other about the same video, with their answers in words."""
+    turns: list[dict[str, str]] = []
+    for question in questions:
+        place = "" if turns else "<video>\n"
+        turns.append({"from": "human", "value": place + question["question"].capitalize()})
+        turns.append({"from": "gpt", "value": question["options"][question["answer"]]})
+    return turns
 
 
 def _question(

@@ -27,7 +27,7 @@ from vlm.sources.common_features import is_features, open_features
 from vlm.sources.common_shapes import CLASSES, COLOURS, HEIGHT, SPLITS, WIDTH, Clip, plan
 from vlm.types import Rejected, Sample, UserError
 
-FORMAT = "moving-shapes/1"  # raise the number when the same arguments would render something else
+FORMAT = "moving-shapes/2"  # raise the number when the same arguments would render something else
 FPS = 12
 FEATURE_FPS = 4.0  # features a second: 8 of a clip with one action
 

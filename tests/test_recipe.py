@@ -301,3 +301,30 @@ def test_the_page_makes_a_recipe_one_of_another_llama(name, recipes, overrides):
         changed = load(recipe, overrides.split())
         assert changed.model.llama == llama(name, path=changed.model.llama.path)
         assert changed.model.llama.path.parent == changed.inputs.tokenizer.parent
+
+
+YAML_FILES = re.findall(
+    r"^\| `([\w.…]+)` \| `(video_llama\.\w+)` \| (?:`(.*?)`)? ?\|$",
+    MIGRATING.partition("### The YAML files of LLMVA-GEBC")[2],
+    re.M,
+)
+
+
+@pytest.mark.parametrize(("file", "name", "overrides"), YAML_FILES)
+def test_the_page_makes_a_recipe_one_of_a_yaml_file(file, name, overrides):
+    recipe = load(name, overrides.split())
+    assert recipe.inputs.num_video_tokens == recipe.model.places
+    assert sum(recipe.inputs.other_dims) == (recipe.model.other_dim if recipe.model.other_tokens else 0)
+    assert bool(recipe.inputs.other_features) == bool(recipe.model.other_tokens)
+    assert recipe.inputs.other_length <= recipe.model.max_other
+    assert ("highest_f1" in file) == ("highest_f1" in recipe.data.shards)
+    assert len(YAML_FILES) == 12
+
+
+def test_the_page_names_settings_that_there_are():
+    page = MIGRATING.partition("## Video-LLaMA, LLMVA-GEBC")[2]
+    known = {path for name in ("pretrain", "gebc_opt13b") for path, *_ in describe(load(f"video_llama.{name}"))}
+    known |= {path.rpartition(".")[0] for path in known}
+    named = set(re.findall(r"`((?:model|inputs|optim|eval|data)\.[\w.]+)", page))
+    assert named - known == set()
+    assert len(named) > 40

@@ -69,6 +69,12 @@ def test_demo(tmp_path: Path) -> None:
     assert_second_call_spares_the_preparation(tmp_path, run)
 
 
+SMALL = {
+    *("adapter_query", "visual_proj", "temporal_emb", "layers"),  # Vamos, ViCo
+    *("video_query_tokens", "video_frame_position_embedding", "video_Qformer", "llama_proj"),  # Video-LLaMA
+}
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One corpus and one language model for the systems that answer questions."""
@@ -100,16 +106,41 @@ def test_demo_of_questions(shared: Path, system: str) -> None:
     assert_only_the_small_set_was_trained(shared, run)
 
 
-def assert_only_the_small_set_was_trained(folder: Path, run: Path) -> None:
-    """The language model is, to the bit, the one that read text; the checkpoint holds prompts, gates and projector."""
+@pytest.mark.slow
+def test_demo_of_captions(shared: Path) -> None:
+    started = time.monotonic()
+    demo = start_demo(shared, "video_llama")
+    said = demo.communicate()[0]
+    minutes = (time.monotonic() - started) / 60
+    assert demo.returncode == 0, said[-6000:]
+    run = shared / "runs" / "video_llama"
+    assert [name for name in FILES if not (run / name).is_file()] == []
+    assert said.rstrip().splitlines()[-1] == f"make demo: done; the report is {run / 'report.html'}"
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    print(f"make demo SYSTEM=video_llama: {minutes:.1f} minutes, {metrics}")
+    assert metrics["exact_match"] >= 0.8
+    assert metrics["exact_match_blind"] <= 0.2
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    test = ShardSet(shared / "data" / "shards_features" / "test")
+    assert len(predictions) == len(test) >= 100
+    assert predictions[0]["text"] in (run / "report.html").read_text()
+    assert_score_agrees(run)
+    for stage, recipe in ((run.with_name("video_llama_pretrain"), "demo_pretrain"), (run, "demo")):
+        assert_only_the_small_set_was_trained(shared, stage, f"video_llama.{recipe}", "llama_dialogues")
+
+
+def assert_only_the_small_set_was_trained(folder: Path, run: Path, name: str = "", llama: str = "llama") -> None:
+    """The language model is, to the bit, the one that read text; the checkpoint holds what trains alone."""
     last = (run / "checkpoints" / "latest").read_text().strip()
     manifest = json.loads((run / "checkpoints" / last / "manifest.json").read_text())
     config = json.loads((run / "recipe.json").read_text())["config"]
-    recipe = load(f"{run.name}.demo", [f"model.llama.path={folder / 'data' / 'llama'}"])
+    recipe = load(name or f"{run.name}.demo", [f"model.llama.path={folder / 'data' / llama}"])
+    recipe.model.init_from = None  # what training begins with is not frozen
     assert config["model"]["llama"]["path"] == str(recipe.model.llama.path)
     assert recipe.model.build().frozen_hash() == manifest["frozen_hash"]
     trained = {name.split(".")[0] for name in manifest["tensors"]}
-    assert trained <= {"adapter_query", "visual_proj", "temporal_emb", "layers"}
+    assert trained <= SMALL
 
 
 def assert_score_agrees(run: Path) -> None:

@@ -4,7 +4,8 @@ python tools/score.py runs/demo/vit_llama           write metrics.json
 python tools/score.py runs/demo/vit_llama --check   only compare: exit status 1 where metrics.json is missing or differs
 python tools/score.py runs/gebc --spice corenlp     captions: by SPICE too (docs/captions.md says what it needs)
 python tools/score.py runs/gebc_test --submission gebc.zip      what the boundary captioning challenge takes; the same
-                                                    for the run on the other split adds it to the file
+                                                    for the run on the other split adds it to the file;
+                                                    --boundaries test_timestamp.json: no boundary is missing
 """
 
 from __future__ import annotations
@@ -31,10 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--submission", type=Path, metavar="FILE.zip", help="write the captions of boundaries as GEBC's challenge wants"
     )
+    parser.add_argument(
+        "--boundaries", type=Path, metavar="JSON", help="the split's annotation: all its boundaries are submitted"
+    )
     args = parser.parse_args(arguments)
     try:
         if args.submission is not None:
-            submit(args.run, args.submission)
+            submit(args.run, args.submission, args.boundaries)
+        elif args.boundaries is not None:
+            raise UserError("--boundaries is what --submission is to hold; give both")
         return score(args.run, args.check, args.spice)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -60,15 +66,42 @@ def score(run: Path, check: bool, spice: Path | None = None) -> int:
     return 0
 
 
-def submit(run: Path, file: Path) -> None:
-    """Put the texts of a run into a submission to the boundary captioning challenge."""
-    rows = read_predictions(run / "predictions.jsonl")
+def submit(run: Path, file: Path, annotation: Path | None = None) -> None:
+    """Put the texts of a run into a submission to the boundary captioning challenge.
+
+    Texts that have references are of the validation split, others of the test split.
+    """
+    path = run / "predictions.jsonl"
+    rows = read_predictions(path)
     writings = [row for row in rows if isinstance(row, Writing)]
     if len(writings) < len(rows):
         raise UserError(f"{run}: its predictions are no texts, so there is nothing to submit")
-    name, parts = submission.add(writings, file)
-    missing = {submission.VALIDATION, submission.TEST} - set(parts)
+    try:
+        texts = submission.submission(writings, None if annotation is None else boundaries(annotation))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    name = submission.VALIDATION if any(row.references for row in writings) else submission.TEST
+    parts = submission.add(texts, name, file)
+    missing = sorted({submission.VALIDATION, submission.TEST} - set(parts))
     print(f"{file}: {name} written" + "".join(f"; {other} is still to come" for other in missing))
+    lacking = submission.empty(texts)
+    print(f"{name}: {len(texts):,} boundaries, {3 * len(texts) - len(lacking):,} texts, {len(lacking):,} empty")
+    for line in lacking[:5]:
+        print(f"empty: {line}", file=sys.stderr)
+
+
+def boundaries(path: Path) -> list[str]:
+    """The ids in an annotation file of the challenge: an object of video -> list of boundaries with `boundary_id`.
+
+    Raises:
+        UserError: it cannot be read, or is not of that form.
+    """
+    found = []
+    for video, parts in read_json(path).items():
+        if not isinstance(parts, list) or not all(isinstance(p, dict) and "boundary_id" in p for p in parts):
+            raise UserError(f"{path}: video {video!r} is not a list of boundaries that have a boundary_id")
+        found += [str(part["boundary_id"]) for part in parts]
+    return found
 
 
 def _without_metrics(path: Path, check: bool) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 
-from vlm.metrics.submission import archive, empty, submission
+from vlm.metrics.submission import TEST, VALIDATION, add, empty, submission
 from vlm.types import UserError, Writing
 
 
@@ -39,13 +39,32 @@ def test_every_expected_boundary_is_there() -> None:
     assert empty(texts)[0] == "x_5: Subject"
 
 
-def test_zip_of_pickles() -> None:
-    texts = submission(ROWS)
-    data = archive({"test": texts, "val": {}})
-    with zipfile.ZipFile(io.BytesIO(data)) as file:
-        assert file.namelist() == ["submit_val.pkl", "submit_test.pkl"]
-        assert pickle.loads(file.read("submit_test.pkl")) == texts
-    assert archive({"val": {}, "test": texts}) == data
+def test_zip_of_pickles(tmp_path: Path) -> None:
+    file, texts = tmp_path / "gebc.zip", submission(ROWS)
+    assert add({}, TEST, file) == [TEST]
+    assert add({}, VALIDATION, file) == [TEST, VALIDATION]
+    assert add(texts, TEST, file) == [TEST, VALIDATION]
+    with zipfile.ZipFile(file) as opened:
+        assert opened.namelist() == ["submit_test.pkl", "submit_val.pkl"]
+        assert pickle.loads(opened.read("submit_test.pkl")) == texts
+        assert pickle.loads(opened.read("submit_val.pkl")) == {}
+    again = tmp_path / "again.zip"
+    add(texts, TEST, again)
+    add({}, VALIDATION, again)
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_what_is_there_already_is_not_lost(tmp_path: Path) -> None:
+    file = tmp_path / "notes.zip"
+    file.write_text("notes")
+    with pytest.raises(UserError, match="is no zip"):
+        add({}, TEST, file)
+    with zipfile.ZipFile(file, "w") as opened:
+        opened.writestr("thesis.tex", "x")
+    with pytest.raises(UserError, match=r"holds thesis\.tex"):
+        add({}, TEST, file)
+    with pytest.raises(UserError, match="cannot be written"):
+        add({}, TEST, tmp_path / "no" / "folder.zip")
 
 
 @pytest.mark.parametrize(

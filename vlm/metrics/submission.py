@@ -9,13 +9,15 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from vlm.files import replace_file
 from vlm.metrics.caption import GEBC_KINDS
 from vlm.types import UserError, Writing
 
 NAMES = dict(zip(GEBC_KINDS, ("Subject", "Status_Before", "Status_After"), strict=True))
-SPLITS = ("val", "test")
+VALIDATION, TEST = "submit_val.pkl", "submit_test.pkl"
 
 Submission = dict[str, dict[str, str]]
 
@@ -56,15 +58,42 @@ def empty(texts: Submission) -> list[str]:
     return [f"{boundary}: {name}" for boundary, own in texts.items() for name, text in own.items() if not text.strip()]
 
 
-def archive(splits: Mapping[str, Submission]) -> bytes:
-    """The zip of these splits (`SPLITS`)."""
-    assert set(splits) <= set(SPLITS), splits.keys()
+def add(texts: Submission, name: str, file: Path) -> list[str]:
+    """Put the texts of a split into the zip `file`, made where there is none: the part `name` is replaced, others stay.
+
+    Args:
+        name: `VALIDATION` or `TEST`.
+    Returns: the names of all parts that are in it now.
+    Raises:
+        UserError: the file is there and is no such zip, or it cannot be written.
+    """
+    assert name in (VALIDATION, TEST), name
+    parts = (_parts(file) if file.exists() else {}) | {name: pickle.dumps(texts, protocol=4)}
+    try:
+        replace_file(file, _zip(parts))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from error
+    return sorted(parts)
+
+
+def _parts(file: Path) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(file) as opened:
+            parts = {name: opened.read(name) for name in opened.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: is there, but is no zip that a split could be added to ({error})") from error
+    others = sorted(parts.keys() - {VALIDATION, TEST})
+    if others:
+        raise UserError(f"{file}: holds {', '.join(others)}, so it is no submission; name another file")
+    return parts
+
+
+def _zip(parts: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        for split in SPLITS:
-            if split in splits:
-                name = zipfile.ZipInfo(f"submit_{split}.pkl", _DATE)
-                name.compress_type = zipfile.ZIP_DEFLATED
-                name.external_attr = 0o644 << 16
-                file.writestr(name, pickle.dumps(splits[split], protocol=4))
+        for name, content in sorted(parts.items()):
+            about = zipfile.ZipInfo(name, _DATE)
+            about.compress_type = zipfile.ZIP_DEFLATED
+            about.external_attr = 0o644 << 16
+            file.writestr(about, content)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Encoded video -> frames. The only file that knows a decoder.
+"""Encoded video -> frames. The only file that knows how to decode.
 
 PyAV is the reference: the frame of index i is the i-th frame PyAV yields when the video stream is decoded from its
 start, turned as the container's display matrix asks. decord 0.6.0 is quicker to seek but returns wrong pictures, in
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import mmap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,13 @@ from typing import Any
 import av
 import numpy as np
 
-Source = bytes | Path
+from vlm.data.containers import PYAV_ERRORS, DecodeError, Source, is_picture, opened, plain, refuse_cut_jpeg
+from vlm.data.containers import container_extension as container_extension  # of encoded video, as all that is here
 
-# What PyAV is seen to raise on damaged files: FFmpeg's own errors, and plain ones from its Python side.
-_PYAV_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError, RuntimeError)
 _CHECKED_READS = (3, 5, 8, 16)  # evenly spaced frames that check_decoders compares, read by read
 _MAX_CHECK_BYTES = 256 << 20  # memory one of these reads may take
 _LEAPS = (-1.0, 60.0)  # seconds from frame to frame beyond which a clock has leapt (smaller steps back: it jitters)
 _TICK = 6e-4  # seconds by which containers round the times of frames
-
-
-class DecodeError(Exception):
-    """A clip, or a frame of it, that cannot be decoded. The message is one sentence that says what the file is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +51,7 @@ def inspect(data: Source, *, picture: bool = False) -> VideoInfo:
     `picture`: a still picture is expected, which else is warned of. A picture that was cut short is an error, since
     FFmpeg would fill the missing part with grey.
     """
-    with _opened(data) as (container, stream):
+    with opened(data) as (container, stream):
         reader = _FrameReader(stream, container)
         times: list[float] = []
         sizes: list[tuple[int, int, int]] = []
@@ -78,9 +72,9 @@ def inspect(data: Source, *, picture: bool = False) -> VideoInfo:
         wild = nominal and measured and not 0.5 < measured / nominal < 2
         turns, odd_angle = _quarter_turns(first)
         width, height = (first.height, first.width) if turns % 2 else (first.width, first.height)
-        still = reader.count == 1 and _is_picture(container)
+        still = reader.count == 1 and is_picture(container)
         if still:
-            _refuse_cut_jpeg(data)
+            refuse_cut_jpeg(data)
             nominal = duration = measured = 0.0
         warnings = _header_warnings(container, stream, reader, duration, picture)
         if odd_angle:
@@ -103,7 +97,7 @@ def inspect(data: Source, *, picture: bool = False) -> VideoInfo:
 
 def count_frames(data: Source) -> int:
     """Frames that decode before the stream ends or breaks; raises DecodeError when there is none."""
-    with _opened(data) as (container, stream):
+    with opened(data) as (container, stream):
         reader = _FrameReader(stream, container)
         for _ in reader:
             pass
@@ -136,7 +130,7 @@ def frames_at(data: Source, fps: float, warnings: list[str]) -> Iterator[np.ndar
     By the frames' own times, so also where the frame rate varies; decoded once, none kept. A video of s seconds has
     ceil(s * fps) of them, at least one. `warnings` gets what `inspect` would warn of; DecodeError as from `decode`.
     """
-    with _opened(data) as (container, stream):
+    with opened(data) as (container, stream):
         reader = _FrameReader(stream, container)
         nominal = _nominal_fps(stream)
         step = 1 / nominal if nominal else 0.0
@@ -163,7 +157,7 @@ def all_frames(
     Seconds count from the first frame. Decoded once, none kept. `wanted` is asked about every frame by these seconds.
     `warnings` gets what `inspect` would warn of; DecodeError as from `decode`.
     """
-    with _opened(data) as (container, stream):
+    with opened(data) as (container, stream):
         reader = _FrameReader(stream, container)
         nominal = _nominal_fps(stream)
         step = 1 / nominal if nominal else 0.0
@@ -204,110 +198,6 @@ def check_decoders(data: Source, info: VideoInfo) -> tuple[str, ...]:
     return ("decord", "pyav")
 
 
-# Containers ----------------------------------------------------------------------------------------------------------
-
-
-def container_extension(data: bytes) -> str | None:
-    """The file name extension that the first bytes of a media file call for, or None when they are not known."""
-    head = data[:4096]
-    if head[4:8] == b"ftyp":
-        return {b"qt": "mov", b"3g": "3gp"}.get(head[8:10], "mp4")
-    if head[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
-        return "mov"
-    if head.startswith(b"\x1aE\xdf\xa3"):
-        return "webm" if b"webm" in head[:64] else "mkv"
-    if head.startswith(b"RIFF") and head[8:11] == b"AVI":
-        return "avi"
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return "webp"
-    if len(data) > 188 and head[:1] == b"G" and data[188:189] == b"G":
-        return "ts"
-    magics = ((b"OggS", "ogv"), (b"GIF8", "gif"), (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "wmv"), (b"\0\0\1\xba", "mpg"),
-              (b"\0\0\1\xb3", "mpg"), (b"FLV\1", "flv"), (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"))  # fmt: skip
-    return next((extension for magic, extension in magics if head.startswith(magic)), None)
-
-
-def _refuse_text(head: bytes) -> None:
-    """Text saved under a video's name: also playlists, which FFmpeg would follow to other files."""
-    if not head:
-        raise DecodeError("empty file (0 bytes)")
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:512].lower()
-    if start.startswith(b"version https://git-lfs"):
-        raise DecodeError("not a video: a git-lfs pointer (text); the file itself was never fetched (git lfs pull)")
-    if start.startswith((b"<!doctype html", b"<html")) or b"<html" in start or b"<head" in start:
-        raise DecodeError("not a video: looks like HTML, the page of a failed download")
-    if start.startswith((b"<?xml", b"<error")):
-        raise DecodeError("not a video: looks like XML, the answer of a failed download")
-    with suppress(UnicodeDecodeError):
-        text = head[: head.rfind(b"\n") + 1 or len(head)].decode("utf-8")
-        if all(letter.isprintable() or letter in "\r\n\t" for letter in text):
-            raise DecodeError("not a video: looks like text")  # whose words are nobody's business
-
-
-@contextmanager
-def _opened(data: Source) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream) with single-threaded decoding; the name of a file is never shown to FFmpeg."""
-    try:
-        file: Any = data.open("rb") if isinstance(data, Path) else io.BytesIO(data)
-    except OSError as error:
-        raise DecodeError(f"cannot be read: {error.strerror or error}") from error
-    with file:
-        head = file.read(4096)
-        file.seek(0)
-        _refuse_text(head)
-        try:
-            container = av.open(file, mode="r")
-        except _PYAV_ERRORS as error:
-            if container_extension(head) in ("mp4", "mov", "3gp") and not _contains(data, b"moov"):
-                raise DecodeError('cut short: an mp4 without its index ("moov"), which follows the frames') from error
-            raise DecodeError(f"not a video that FFmpeg knows ({_plain(error)})") from error
-        with container:
-            stream = _video_stream(container)
-            try:
-                stream.thread_type = "NONE"
-                stream.codec_context.thread_count = 1
-            except _PYAV_ERRORS as error:
-                raise DecodeError(f"no decoder for the video stream ({_plain(error)})") from error
-            yield container, stream
-
-
-def _video_stream(container: Any) -> Any:
-    """FFmpeg's best video stream; cover pictures attached to a sound file are none."""
-    pictures = [s for s in container.streams.video if s.disposition & av.stream.Disposition.attached_pic]
-    videos = [s for s in container.streams.video if s not in pictures and s.codec_context is not None]
-    if not videos:
-        kinds = sorted({s.type for s in container.streams} - {"video"})
-        what = f"{' and '.join(kinds)} only" if kinds else "the container holds no stream"
-        raise DecodeError(f"no video stream ({what}{', with a cover picture' if pictures else ''})")
-    best = container.streams.best("video")
-    if best in videos:
-        return best
-    return max(videos, key=lambda s: (bool(s.disposition & av.stream.Disposition.default), s.frames, -s.index))
-
-
-def _is_picture(container: Any) -> bool:
-    return container.format.name.endswith("_pipe")
-
-
-def _refuse_cut_jpeg(data: Source) -> None:
-    """A JPEG ends with a marker, which comes after the last scan begins. Thumbnails, with their own, come before."""
-    content = data if isinstance(data, bytes) else data.read_bytes()
-    if content.startswith(b"\xff\xd8\xff") and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
-        raise DecodeError(f"cut short: a JPEG of {len(content)} bytes without its end")
-
-
-def _contains(data: Source, what: bytes) -> bool:
-    if isinstance(data, bytes):
-        return what in data
-    with data.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return view.find(what) >= 0
-
-
-def _plain(error: BaseException) -> str:
-    """An FFmpeg error without its number and the repeated file name."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
 # The reference -------------------------------------------------------------------------------------------------------
 
 
@@ -325,8 +215,8 @@ class _FrameReader:
                 frame = next(self.frames)
             except StopIteration:
                 return
-            except _PYAV_ERRORS as error:
-                self.stopped = _plain(error)
+            except PYAV_ERRORS as error:
+                self.stopped = plain(error)
                 return
             self.count += 1
             yield frame
@@ -364,15 +254,15 @@ def _to_rgb(frame: Any, first: Any, index: int) -> np.ndarray:
     """(H, W, 3) uint8 of the frame of an index, at the size of the stream's first frame, turned upright."""
     try:
         picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height, threads=1)
-    except _PYAV_ERRORS as error:
-        raise DecodeError(f"frame {index} cannot be turned into RGB ({_plain(error)})") from error
+    except PYAV_ERRORS as error:
+        raise DecodeError(f"frame {index} cannot be turned into RGB ({plain(error)})") from error
     return np.rot90(picture, _quarter_turns(first)[0])
 
 
 def _pictures(data: Source, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
     """(index, (H, W, 3) picture) of each wanted frame; stops decoding after the last of them."""
     last = max(wanted)
-    with _opened(data) as (container, stream):
+    with opened(data) as (container, stream):
         reader = _FrameReader(stream, container)
         first = None
         for index, frame in enumerate(reader):
@@ -421,7 +311,7 @@ def _header_warnings(
             found.append(f"header promises {promised:.2f} s, {duration:.2f} s decode ({reader.count} frames)")
     if reader.stopped:
         found.append(f"decoding stops after {reader.count} frames: {reader.stopped}")
-    if _is_picture(container) and not picture:
+    if is_picture(container) and not picture:
         found.append(f"a still picture ({stream.codec_context.codec.canonical_name}), not a video")
     return found
 

@@ -108,6 +108,13 @@ def test_place_of_the_video_is_kept(root: Path) -> None:
     assert nowhere.warnings[0].endswith("item 1: no turn says where the video stands, so it comes first")
 
 
+def test_text_alone(root: Path) -> None:
+    alone = {"id": 7, "conversations": [MORE[0], SAID]}
+    found = only(root, alone)
+    assert (found.video, found.annotation["conversations"]) == (None, alone["conversations"])
+    assert found.warnings[0].endswith("names no video or image, so it is a dialogue of text alone")
+
+
 def turns(*speakers: str) -> dict[str, Any]:
     return {"conversations": [{"from": name, "value": "words"} for name in speakers]}
 

@@ -7,7 +7,8 @@
 - {videos or images: [path], messages: [{role, content}]} of LLaMA-Factory, and Video-ChatGPT's {video_id, q, a}.
 
 All become the first: `conversations`, in which human and gpt take turns and the media stands once, as `<video>`, in a
-turn of the human. Files are JSON lists or JSON lines. Media are found at the path that the row names, below the root or
+turn of the human. A row that names no media, and no place for it either, is a dialogue of text alone (LLaVA's mixes have
+such). Files are JSON lists or JSON lines. Media are found at the path that the row names, below the root or
 below its folders `videos` and `images` (`COCO_train2014_` may stand before the name there), or by name without suffix.
 """
 
@@ -70,6 +71,12 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
 
 
 def _sample(key: str, where: str, row: dict[str, Any], media: _Media) -> Sample:
+    if not any(row.get(name) for name in (*_COLUMNS, "audios")):
+        alone = _turns(row)
+        if not any(_MARK.search(turn["value"]) for turn in alone):
+            warning = f"{where}: names no video or image, so it is a dialogue of text alone"
+            own = {"id": id_of(row, "id")} if row.get("id") is not None else {}
+            return Sample(key=key, annotation={"conversations": alone} | own, warnings=(warning,))
     column, name = _media_of(row)
     turns, lacks_place = _with_place(_turns(row), column)
     annotation: dict[str, Any] = {"conversations": turns, "video": name}

@@ -86,8 +86,9 @@ def _run(command: list[str], given: str) -> str:
     done = subprocess.run(command, input=given.encode(), capture_output=True, check=False)
     if done.returncode:
         program = next(part for part in command if part.startswith("edu."))
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        raise UserError(f"java {program} ended with status {done.returncode}: {last[0]}")
+        said = done.stderr.decode(errors="replace").split("\n")
+        told = [line.strip() for line in said if "Error" in line or "Exception" in line] or [" ".join(said).strip()]
+        raise UserError(f"java {program} ended with status {done.returncode}: {told[-1] or 'no message'}")
     return done.stdout.decode()
 
 

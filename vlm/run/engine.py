@@ -17,6 +17,7 @@ import torch
 
 from vlm.data.loader import MicroBatch, micro_steps
 from vlm.distributed import World, sum_over_ranks
+from vlm.models.quantised import is_quantised
 from vlm.models.system import System
 from vlm.recipe import OptimConfig, Recipe
 from vlm.run import zero_state
@@ -71,6 +72,11 @@ class Engine:
     def __init__(self, model: System, recipe: Recipe, config: dict[str, Any], world: World) -> None:
         import deepspeed
 
+        if zero_stage(config) == 3 and is_quantised(model):
+            raise UserError(
+                "quantise: ZeRO-3 cannot share out matrices of 8 or 4 bits. Mend: ds_configs/zero2.json (each process "
+                "then holds the whole frozen model in so few bits), or quantise=none"
+            )
         self.model, self.recipe, self.config, self.world = model, recipe, config, world
         self.names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(

@@ -181,6 +181,9 @@ def test_eva_and_q_former_become_one(tmp_path: Path, capsys: pytest.CaptureFixtu
         replace(TOWER, path=tmp_path / "t5.pth", vision_path=tmp_path / "eva_vit_g.pth").build(),
         *(replace(TOWER, path=tmp_path / name).build() for name in ("ours", "hf", "one.pth")),
     ]
+    for name in ("eva_vit_g", "t5"):  # either alone, converted
+        r.convert(tmp_path / f"{name}.pth", tmp_path / name, "--from", "lavis", "--to", "vlm")
+    towers.append(replace(TOWER, path=tmp_path / "t5", vision_path=tmp_path / "eva_vit_g").build())
     tokens = [tower(frames) for tower in towers]
     assert all(torch.equal(tokens[0], other) for other in tokens[1:])
     theirs = Blip2Model.from_pretrained(tmp_path / "hf", dtype=torch.float32)

@@ -30,13 +30,16 @@ def tower_tensors(path: Path, vision_path: Path | None = None, layers: int = 39)
 
     Args:
         path: a file or folder of ours, of LAVIS or Video-LLaMA, or a Hugging Face BLIP-2 folder.
-        vision_path: EVA's own file, where `path` lacks it; its block behind the `layers` that are used is left out.
+        vision_path: EVA's own file, as published or converted, where `path` lacks it; its block behind the `layers` that
+            are used is left out.
     Raises:
         UserError: names that no such file has.
     """
     loaders = _named(open_tensors(path), str(path))
     if vision_path is not None:
-        own = {f"visual_encoder.{name}": load for name, load in open_tensors(vision_path).items() if _EVA.match(name)}
+        stored = open_tensors(vision_path)
+        own = {name: load for name, load in stored.items() if name.startswith("tower.vision.")}  # what was converted
+        own = own or {f"visual_encoder.{name}": load for name, load in stored.items() if _EVA.match(name)}
         if not own:
             raise UserError(f"{vision_path}: holds nothing of EVA's ViT (cls_token, pos_embed, blocks.0. …)")
         own = {name: load for name, load in own.items() if not name.startswith(f"visual_encoder.blocks.{layers}.")}

@@ -92,9 +92,9 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
         help=f"{CLIP} (in {CLIP_FOLDER}), or a folder of any CLIP as transformers saves it; {TOWER}; or {DEMO}: one "
         "fitted here on the frames themselves, kept as FILE.encoder.safetensors, which is given as FILE for other "
         "splits (default: %(default)s)")  # fmt: skip
-    add("--states", metavar="LAYER:WHICH",
-        help="of CLIP, in the place of its image_embeds: states of a layer (0 … , or -1 the last, -2 …) of the class "
-        "token (cls) or of the patches (patches)")  # fmt: skip
+    add("--states", metavar="WHICH:LAYER",
+        help="of CLIP, in the place of its image_embeds: states of the class token (cls) or of the patches (patches) "
+        "in a layer (0 … , or -1 the last, -2 …): patches:-2")  # fmt: skip
     add(
         "--recipe", metavar="NAME", help=f"of {TOWER}: its model.tower, inputs.num_frames, inputs.size, inputs.features"
     )
@@ -240,9 +240,9 @@ def _open_tower(options: argparse.Namespace, shards: ShardSet | None) -> Chosen:
 def _states(options: argparse.Namespace) -> dict[str, frame_encoders.States]:
     if not options.states:
         return {}
-    layer, _, which = options.states.partition(":")
+    which, _, layer = options.states.partition(":")
     if which not in ("cls", "patches") or not layer.removeprefix("-").isdigit():
-        raise UserError(f"--states {options.states}: expected LAYER:cls or LAYER:patches, such as -2:patches")
+        raise UserError(f"--states {options.states}: expected cls:LAYER or patches:LAYER, such as patches:-2")
     return {options.name or f"clip_{which}": frame_encoders.States(int(layer), which)}
 
 

@@ -6,13 +6,15 @@ Trained on these tokens a system has the losses that it has on pixels, as long a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlm.data.pixels import finished
 from vlm.models.eva import Tower, TowerConfig
-from vlm.types import Colours
+from vlm.types import Batch, Colours
 from vlm.weights import state_hash
 
 
@@ -26,9 +28,8 @@ class TowerFrames(nn.Module):
         self.tower = config.build()
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
-        mean, std = (torch.tensor(values, device=frames.device)[:, None, None] for values in self.colours)
-        pixels = (frames.float() / 255 - mean) / std
-        return {self.name: self.tower(pixels.to(self.tower.query_tokens.dtype))}
+        batch = finished(Batch(keys=(), frames=frames, colours=self.colours))
+        return {self.name: self.tower(batch.frames)}
 
     def described(self) -> dict[str, Any]:
         """What decides over the tokens, JSON-able."""
@@ -39,12 +40,33 @@ class TowerFrames(nn.Module):
 
 
 def hashes(tower: Tower) -> dict[str, str]:
-    """Name of a precision -> hash of the tower's weights in it, under names that begin with `tower.`: the one in which
-    the tower is stored, and those to which it can be rounded."""
-    state: dict[str, Tensor] = {f"tower.{name}": p for name, p in tower.named_parameters()}
-    own = next(iter(state.values())).dtype
+    """Name of a precision -> `tower_hash`: of that in which the tower is stored, and of those it can be rounded to."""
+    own = tower.query_tokens.dtype
     kinds = (torch.float32, torch.bfloat16) if own == torch.float32 else (own,)
-    return {str(kind).removeprefix("torch."): state_hash(_Cast(state, kind)) for kind in kinds}
+    return {str(kind).removeprefix("torch."): tower_hash(tower, kind) for kind in kinds}
+
+
+def tower_hash(tower: Tower, dtype: torch.dtype) -> str:
+    """Hash of a tower's weights in a precision, under names that begin with `tower.`."""
+    return state_hash(_Cast({f"tower.{name}": p for name, p in tower.named_parameters()}, dtype))
+
+
+def misfit(tower: Tower, made: Mapping[str, Any]) -> str:
+    """Why features are not what this tower makes, by the hashes in what `TowerFrames.described` said of them; "": they
+    are, or what made them is not known."""
+    theirs = made.get("encoder", {}).get("sha256")
+    if not isinstance(theirs, dict):
+        return "" if theirs is None else f"they were made by {made['encoder'].get('kind')}, not by EVA and a Q-Former"
+    own = str(tower.query_tokens.dtype).removeprefix("torch.")
+    precision = next((name for name in (own, "bfloat16") if name in theirs), None)
+    if precision is None:
+        return f"they were made by a tower in {' and '.join(theirs)}, which cannot be compared with one in {own}"
+    ours = tower_hash(tower, getattr(torch, precision))
+    if ours == theirs[precision]:
+        return ""
+    return (
+        f"they were made by a tower of hash {theirs[precision][:16]}…, but model.tower's is {ours[:16]}… ({precision})"
+    )
 
 
 class _Cast(dict[str, Tensor]):

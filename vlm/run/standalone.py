@@ -16,6 +16,7 @@ from vlm.recipe import Recipe, check_inputs
 from vlm.run import checkpoint, evaluate, record
 from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
+from vlm.run.stored import check_stored
 from vlm.types import UserError
 
 
@@ -49,6 +50,7 @@ def evaluate_checkpoint(
         about = record.open_evaluation(launch, folder)
         torch.manual_seed(recipe.seed)
         model = recipe.model.build()
+        check_stored(recipe, model, [recipe.eval.shards])
         state = {"step": 0} if folder is None else checkpoint.load_weights(folder, model)
         loaded = folder or "none: initial weights"
         say(f"recipe {name}, checkpoint {loaded} (step {state.get('step', 'unknown')}), {launch.attention.sentence}")

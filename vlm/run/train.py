@@ -26,6 +26,7 @@ from vlm.run.optim import warmup_cosine
 from vlm.run.quarantine import Quarantine
 from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
+from vlm.run.stored import check_recipe
 from vlm.run.streams import open_stream
 from vlm.run.throughput import Throughput
 from vlm.types import UserError
@@ -56,6 +57,7 @@ def _train(launch: Launch, stream: Stream) -> None:
     found, about = record.open_training(launch, stream.fingerprint)
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
+    check_recipe(recipe, model)
     state = checkpoint.load_weights(found, model) if found else {}
     record.write(launch, about)
     engine = Engine(model, recipe, launch.deepspeed, world)

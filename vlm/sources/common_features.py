@@ -97,10 +97,8 @@ class TensorFile:
         """The members of one video that are there."""
         if self.stored is None:
             (name,) = self.tensors
-            files = ((ending, self.place / f"{video}{ending}") for ending in _FOLDER_ENDINGS)
-            return next(
-                ({f"{name}.npy" if e == ".npy" else f"{name}.safetensors": f} for e, f in files if f.is_file()), {}
-            )
+            files = (self.place / f"{video}{ending}" for ending in _FOLDER_ENDINGS)
+            return next(({f"{name}.npy": file} for file in files if file.is_file()), {})
         return {
             f"{name}.safetensors": StoredArray(self.place, f"{name}/{video}", self.stored[f"{name}/{video}"])
             for name in self.tensors
@@ -108,11 +106,11 @@ class TensorFile:
         }
 
 
-_FOLDER_ENDINGS = (".npy", ".safetensors")
+_FOLDER_ENDINGS = (".npy", ".pkl")  # of one array each
 
 
 def open_tensor_files(given: Sequence[str]) -> list[TensorFile]:
-    """Each of FILE.safetensors (of tools/extract_features.py) or NAME=FOLDER (of files VIDEO.npy, as published).
+    """Each of FILE.safetensors (of tools/extract_features.py) or NAME=FOLDER (of VIDEO.npy or VIDEO.pkl, as published).
 
     UserError: it cannot be read, is of another kind, or two hold tensors of one name.
     """

@@ -30,8 +30,8 @@ def tower_tensors(path: Path, vision_path: Path | None = None, layers: int = 39)
 
     Args:
         path: a file or folder of ours, of LAVIS or Video-LLaMA, or a Hugging Face BLIP-2 folder.
-        vision_path: EVA's own file, as published or converted, where `path` lacks it; its block behind the `layers` that
-            are used is left out.
+        vision_path: EVA's own file, as published or converted, where `path` lacks it; its block behind the
+            `layers` that are used is left out.
     Raises:
         UserError: names that no such file has.
     """

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.encoded import encode, pictures
 from tools.make_shards import main as make_shards
+from vlm.data.boundaries import KINDS
 
 SETS = ("webvid", "cc3m", "videochat", "dialogues")
 
@@ -136,3 +137,31 @@ def test_two_stages_on_real_clips(realdata, tmp_path):
     more = json.loads((notes / "llava_style" / "llamafactory_mllm_video_demo.json").read_text())
     write_trees(tmp_path, clips, titles, [line.partition("\t")[0] for line in tsv], chats + videos, more)
     both_stages(tmp_path, make_all(tmp_path))
+
+
+@pytest.mark.slow
+def test_boundaries_of_real_clips(realdata, tmp_path):
+    """The challenge's own rows over real clips: trained a few steps, written by two beams, scored by kind."""
+    notes = realdata / "annotations" / "kinetics_gebc"
+    rows = json.loads((notes / "loveu_valset_highest_f1_sample_dev.json").read_text())
+    kept = dict(list(rows.items())[:3])
+    clips = sorted((realdata / "videos").glob("*.mp4"), key=lambda clip: clip.stat().st_size)[2:5]
+    tree = tmp_path / "gebc"
+    (tree / "clip_fps_15").mkdir(parents=True)
+    for video, clip in zip(kept, clips):
+        shutil.copy(clip, tree / f"{video}.mp4")
+        np.save(tree / "clip_fps_15" / f"{video}.npy", np.ones((5, 8), np.float32))
+    (tree / "val.json").write_text(json.dumps(kept))
+    out = tmp_path / "shards"
+    files = [str(tree / "val.json"), str(notes / "video_info_subset.json"), str(tree / "clip_fps_15")]
+    options = ["--root", str(tree), "--split", "val", "--out", str(out), "--workers", "1", "--annotations", *files]
+    assert make_shards(["gebc", *options]) == 0
+    command = [str(ROOT / "launch" / "train.py"), "--deepspeed_config", str(ROOT / "ds_configs" / "cpu.json")]
+    command += ["--recipe", "video_llama.debug_gebc", f"data.shards={out}", f"eval.shards={out}", "steps=3"]
+    run([*command, f"run_dir={tmp_path / 'run'}", "eval.generation.num_beams=2"])
+    written = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    asked = {(row["boundary_id"], kind) for some in kept.values() for row in some for kind in KINDS}
+    assert {(row["id"], row["kind"]) for row in written} == asked
+    assert len(written) == len(asked)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"cider", "cider_subject", "overall_cider_rouge_l"} <= metrics.keys(), sorted(metrics)

@@ -38,7 +38,7 @@ def pretrain() -> Recipe:
     return Recipe(
         model=VideoLlamaConfig(
             tower=TowerConfig(path=_BLIP2 / "blip2_pretrained_flant5xxl.pth", vision_path=_BLIP2 / "eva_vit_g.pth"),
-            llama=llama("vicuna_7b_v0", path=Path("pretrained/vicuna-7b-v0")),
+            llama=llama("vicuna_7b_v0", path=Path("pretrained/vicuna-7b-v0"), dtype="bfloat16"),
             projection_from=_PROJECTIONS[4096],
         ),
         inputs=DialogueConfig(tokenizer=Path("pretrained/vicuna-7b-v0")),
@@ -79,43 +79,51 @@ def finetune() -> Recipe:
 
 def pretrain_vicuna13b() -> Recipe:
     """Stage 1 with Vicuna-13B v0."""
-    return _reads(pretrain(), llama("vicuna_13b_v0", path=Path("pretrained/vicuna-13b-v0")), "vicuna13b")
+    return _reads(
+        pretrain(), llama("vicuna_13b_v0", path=Path("pretrained/vicuna-13b-v0"), dtype="bfloat16"), "vicuna13b"
+    )
 
 
 def finetune_vicuna13b() -> Recipe:
     """Stage 2 with Vicuna-13B v0."""
-    return _reads(finetune(), llama("vicuna_13b_v0", path=Path("pretrained/vicuna-13b-v0")), "vicuna13b")
+    return _reads(
+        finetune(), llama("vicuna_13b_v0", path=Path("pretrained/vicuna-13b-v0"), dtype="bfloat16"), "vicuna13b"
+    )
 
 
 def pretrain_llama2() -> Recipe:
     """Stage 1 with LLaMA-2-7B-chat."""
-    return _reads(pretrain(), llama("llama2_7b", path=Path("pretrained/llama-2-7b-chat")), "llama2")
+    return _reads(pretrain(), llama("llama2_7b", path=Path("pretrained/llama-2-7b-chat"), dtype="bfloat16"), "llama2")
 
 
 def finetune_llama2() -> Recipe:
     """Stage 2 with LLaMA-2-7B-chat and its template."""
-    recipe = _reads(finetune(), llama("llama2_7b", path=Path("pretrained/llama-2-7b-chat")), "llama2")
+    recipe = _reads(finetune(), llama("llama2_7b", path=Path("pretrained/llama-2-7b-chat"), dtype="bfloat16"), "llama2")
     return dataclasses.replace(recipe, inputs=dataclasses.replace(recipe.inputs, template="llama2", caption_end=None))
 
 
 def pretrain_ziya() -> Recipe:
     """Stage 1 with Ziya-LLaMA-13B."""
-    return _reads(pretrain(), llama("ziya_13b", path=Path("pretrained/ziya-llama-13b-v1")), "ziya")
+    return _reads(pretrain(), llama("ziya_13b", path=Path("pretrained/ziya-llama-13b-v1"), dtype="bfloat16"), "ziya")
 
 
 def finetune_ziya() -> Recipe:
     """Stage 2 with Ziya-LLaMA-13B and VideoChat's dialogues in Chinese, in which nothing is told of frames."""
-    return _chinese(_reads(finetune(), llama("ziya_13b", path=Path("pretrained/ziya-llama-13b-v1")), "ziya"))
+    return _chinese(
+        _reads(finetune(), llama("ziya_13b", path=Path("pretrained/ziya-llama-13b-v1"), dtype="bfloat16"), "ziya")
+    )
 
 
 def pretrain_billa() -> Recipe:
     """Stage 1 with BiLLa-7B-SFT."""
-    return _reads(pretrain(), llama("billa_7b", path=Path("pretrained/billa-7b-sft")), "billa")
+    return _reads(pretrain(), llama("billa_7b", path=Path("pretrained/billa-7b-sft"), dtype="bfloat16"), "billa")
 
 
 def finetune_billa() -> Recipe:
     """Stage 2 with BiLLa-7B-SFT and VideoChat's dialogues in Chinese, in which nothing is told of frames."""
-    return _chinese(_reads(finetune(), llama("billa_7b", path=Path("pretrained/billa-7b-sft")), "billa"))
+    return _chinese(
+        _reads(finetune(), llama("billa_7b", path=Path("pretrained/billa-7b-sft"), dtype="bfloat16"), "billa")
+    )
 
 
 def _reads(recipe: Recipe, llm: LlamaBaseConfig, name: str) -> Recipe:
@@ -151,7 +159,7 @@ def gebc_opt13b() -> Recipe:
     """The winner of LOVEU 2023: OPT-13B, 12 frames, InternVideo, Omnivore and CLIP features. One GPU will do."""
     return Recipe(
         model=LlmvaConfig(
-            opt=opt("opt_13b", path=Path("pretrained/opt-13b")),
+            opt=opt("opt_13b", path=Path("pretrained/opt-13b"), dtype="bfloat16"),
             init_from=Path("pretrained/video_llama/pretrain-vicuna13b"),
         ),
         inputs=BoundaryConfig(tokenizer=Path("pretrained/opt-13b"), placeholders="teach"),
@@ -172,7 +180,9 @@ def gebc_opt6_7b() -> Recipe:
     recipe = _frames_alone(gebc_opt13b())
     return dataclasses.replace(
         recipe,
-        model=dataclasses.replace(recipe.model, opt=opt("opt_6_7b", path=Path("pretrained/opt-6.7b"))),
+        model=dataclasses.replace(
+            recipe.model, opt=opt("opt_6_7b", path=Path("pretrained/opt-6.7b"), dtype="bfloat16")
+        ),
         inputs=dataclasses.replace(recipe.inputs, tokenizer=Path("pretrained/opt-6.7b")),
         optim=_optim(1e-4, 8e-5, warmup=5000, weight_decay=0.001),
         run_dir=Path("runs/video_llama/gebc_opt6_7b"),
@@ -184,7 +194,9 @@ def gebc_opt2_7b() -> Recipe:
     recipe = gebc_opt6_7b()
     return dataclasses.replace(
         recipe,
-        model=dataclasses.replace(recipe.model, opt=opt("opt_2_7b", path=Path("pretrained/opt-2.7b"))),
+        model=dataclasses.replace(
+            recipe.model, opt=opt("opt_2_7b", path=Path("pretrained/opt-2.7b"), dtype="bfloat16")
+        ),
         inputs=dataclasses.replace(recipe.inputs, tokenizer=Path("pretrained/opt-2.7b")),
         data=TrainData(shards="data/gebc/shards/train_highest_f1"),
         optim=_optim(1e-4, 8e-5, warmup=1000, weight_decay=0.001),
@@ -198,7 +210,9 @@ def gebc_llama7b() -> Recipe:
     recipe = gebc_opt6_7b()
     return dataclasses.replace(
         recipe,
-        model=dataclasses.replace(recipe.model, opt=None, llama=llama("llama1_7b", path=Path("pretrained/llama-7b"))),
+        model=dataclasses.replace(
+            recipe.model, opt=None, llama=llama("llama1_7b", path=Path("pretrained/llama-7b"), dtype="bfloat16")
+        ),
         inputs=dataclasses.replace(recipe.inputs, tokenizer=Path("pretrained/llama-7b")),
         eval=_gebc_test(repetition_penalty=1.5),
         run_dir=Path("runs/video_llama/gebc_llama7b"),

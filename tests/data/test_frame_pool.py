@@ -60,6 +60,26 @@ def test_processes_give_what_one_gives(paths: list[Path]) -> None:
     assert any("header promises 48 frames" in warning for warning in ends[5].warnings)
 
 
+def test_what_comes_early_waits_in_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first video is slow and long; of the others no more is taken in than there is room for."""
+    monkeypatch.setattr(frame_pool, "EARLY", 16 * 12 * 16 * 3)
+    for number, count in enumerate((90, 40, 40, 40, 40)):
+        (tmp_path / f"{number}.mp4").write_bytes(encode(pictures(count, 16, 12, seed=number)))
+    taken: list[int] = []
+    take = frame_pool._Turn.take
+
+    def watched(self: frame_pool._Turn, event: Frames | End):
+        yield from take(self, event)
+        taken.append(self.nbytes)
+
+    monkeypatch.setattr(frame_pool._Turn, "take", watched)
+    found, ends = collect(read_frames(sorted(tmp_path.iterdir()), at_rate(12), workers=2))
+    assert [len(found[at]) for at in range(5)] == [90, 40, 40, 40, 40]
+    assert not any(end.failure for end in ends.values())
+    most = frame_pool.EARLY + 16 * 12 * 16 * 3  # one chunk more
+    assert max(taken) <= most
+
+
 def test_half_read_is_no_answer(paths: list[Path]) -> None:
     """Whoever stops early ends the processes too: nothing hangs, nothing is left running."""
     events = read_frames(paths, at_rate(12), workers=2)

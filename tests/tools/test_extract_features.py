@@ -192,6 +192,30 @@ def test_features_are_those_of_transformers_and_go_into_shards(
             assert record.annotation["features"]["fps"] == 1.0
 
 
+@pytest.mark.parametrize(("which", "name"), [("patches:-2", "clip_patches"), ("cls:1", "clip_cls")])
+def test_states_of_a_layer(
+    nextqa: Path, clip: Path, tmp_path: Path, extract: Callable[..., Done], which: str, name: str
+) -> None:
+    """Of CLIP, by name, stored in bfloat16."""
+    out = tmp_path / "states.safetensors"
+    command = ("nextqa", "--root", nextqa, "--split", "train", "--out", out, "--encoder", clip, "--max-failed", 0.3)
+    done = extract(*command, "--states", which, "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    rows = load_file(out)[f"{name}/1001"]
+    model = CLIPVisionModelWithProjection.from_pretrained(clip).eval()
+    pixels = processor()(images=list(decode(nextqa / "1001.mp4", range(0, 36, 12))), return_tensors="pt")
+    with torch.no_grad():  # of two layers: the states behind the first are those two before the last
+        layer = model(**pixels, output_hidden_states=True).hidden_states[1]
+    expected = layer[:, 0] if name == "clip_cls" else layer[:, 1:]
+    assert rows.dtype == torch.bfloat16
+    torch.testing.assert_close(rows.float(), expected, atol=1e-4, rtol=2**-7)
+    again = extract(*command, "--states", which, "--dtype", "bfloat16")
+    assert again.returncode == 0
+    assert "1/1 videos (100 %)" in again.stderr  # only what cannot be read is tried again
+    assert "layer 9 of an encoder of 2 layers" in extract(*command[:6], tmp_path / "x.safetensors", *command[7:],
+                                                          "--states", "cls:9").stderr  # fmt: skip
+
+
 def test_rate_goes_with_the_features(nextqa: Path, clip: Path, tmp_path: Path, extract: Callable[..., Done]) -> None:
     """A question's span is cut by the rate at which these were computed, not by the published one."""
     out = tmp_path / "f.safetensors"

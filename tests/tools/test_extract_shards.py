@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tools import extract_features, make_shards
+from vlm import recipe as recipes
 from vlm.config import to_dict
 from vlm.data.dialogues import DialogueConfig
 from vlm.data.features import read_tensor
@@ -140,6 +141,17 @@ def test_again_with_video_in_bfloat16_beside_what_is_there(place: Path, tokens: 
     assert extract_features.main([*arguments, *tower_options(place / "tower.safetensors")]) == 0
     assert ShardSet(twice).members == ("video", "other.safetensors", "q_former.safetensors", "json")
     assert set(ShardSet(twice).manifest["arguments"]["tensors"]) == {"q_former", "other"}
+
+
+def test_a_recipe_says_how(place: Path, tmp_path: Path) -> None:
+    """Its tower, frames, size and name; here of the recipe for tests, whose tower is random."""
+    arguments = ["--shards", str(place / "shards"), "--encoder", "eva-qformer", "--recipe", "video_llama.debug"]
+    assert extract_features.main([*arguments, "--out", str(tmp_path / "out"), "--workers", "0"]) == 0
+    made = recipes.load("video_llama.debug", ["inputs.source=features", f"data.shards={tmp_path / 'out'}", "eval=none"])
+    check_recipe(made, made.model.build())
+    opened = ShardSet(tmp_path / "out")
+    tokens = read_tensor(opened.read(1, made.inputs.members), made.inputs.features)
+    assert tokens.shape == (4, made.model.tower.queries, made.model.tower.query_dim)
 
 
 # Whoever builds it ---------------------------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ from vlm.types import Rejected, UserError
 from vlm.weights import atomic_file, open_tensors, write_safetensors
 
 FEATURES = ("features",)
+_MOST_HEADER, _HEADER_ENTRY = (
+    100_000_000,
+    100,
+)  # bytes: what safetensors reads at most, and a tensor takes beside its name
 Warnings = dict[str, tuple[str, ...]]  # video -> what the user should know though it is kept
 
 
@@ -143,6 +147,11 @@ class FeatureFiles:
                 f"{len(lost)} of {counts['listed']} items have no features, more than the share of {max_rejected} that "
                 f"--max-failed allows ({reasons}{'; …' if len(lost) > 3 else ''}): see {self.rejections}. {self.file} "
                 "is not written; what is done stays, the same command tries the rest again"
+            )
+        if sum(map(len, features)) + _HEADER_ENTRY * len(features) > _MOST_HEADER:
+            raise UserError(
+                f"{self.file}: {len(features)} tensors are more than one file can name; make shards of the videos, "
+                "then features of these (--shards)"
             )
         metadata = {"settings": json.dumps(self.settings), "warnings": json.dumps(warnings)}
         if set(self._sources()) != {self.file} or features.keys() != open_tensors(self.file).keys():

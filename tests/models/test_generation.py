@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import small_llama as small
 import torch
 from test_causal import Least
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlm.config import override
 from vlm.data.packing import Row, pack
+from vlm.models.beams_428 import _Kept
 from vlm.models.causal import CausalSystem
 from vlm.models.generation import GenerationConfig, cut, generate
+from vlm.models.opt_base import OptBaseConfig
 from vlm.types import IGNORE, Batch, UserError
 
 END = 2
 NEW = 8
 KEYS = ("a", "b", "c", "d")
-SYSTEMS = ("llama", "vamos", "llama_vqa")
+SYSTEMS = ("llama", "opt", "vamos", "llama_vqa")
 CONFIGS = {
     "greedy": GenerationConfig(max_new_tokens=NEW),
     "repeating": GenerationConfig(max_new_tokens=NEW, repetition_penalty=1.7, min_new_tokens=3),
@@ -26,9 +30,31 @@ CONFIGS = {
 }
 
 
+class OnOpt(CausalSystem):
+    """As Least, on an OPT, whose positions are learned."""
+
+    def __init__(self) -> None:
+        config = OptBaseConfig(dim=32, layers=3, heads=4, hidden=48, vocab_size=small.WORDS, max_positions=40)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the frozen OPT has RANDOM weights")
+            super().__init__(config.build())
+        torch.manual_seed(3)
+        self.project = nn.Linear(small.WIDTH, 32)
+        with torch.no_grad():  # else all texts are alike
+            for name, parameter in self.llm.named_parameters():
+                if "embed" in name:
+                    parameter.mul_(20)
+        self.freeze()
+
+    def encode_video(self, batch: Batch) -> Tensor | None:
+        return None if batch.features is None else self.project(batch.features)
+
+
 def system(name: str) -> CausalSystem:
     if name == "llama":
         return Least().eval()
+    if name == "opt":
+        return OnOpt().eval()
     if name == "vamos":
         return small.system().eval()
     return small.system(temporal_embedding=True, video_bias=2.0).eval()
@@ -71,7 +97,7 @@ def test_greedy_is_what_training_would_predict(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("name", ["llama", "llama_vqa"])
+@pytest.mark.parametrize("name", ["llama", "opt", "llama_vqa"])
 def test_a_text_does_not_depend_on_its_neighbours(name: str, kind: str) -> None:
     model, config = system(name), CONFIGS[kind]
     ends = [[END], [40], [7, 7]]
@@ -141,10 +167,43 @@ def test_ends_and_least_length() -> None:
     assert cut([9, 5, 9], [[9]], at_least=1) == [9, 5]
 
 
+def test_rules_of_4_28() -> None:
+    """A text's length counts a begin token and no end; the first row of a batch is as alone; rows of one length need no
+    padding, so its side does not matter. Recorded captions: tests/parity/test_gebc_generation.py."""
+    kept = _Kept(2, 1.0)
+    kept.add([5], -2.0)
+    assert not kept.is_settled(-100.0, 9)
+    kept.add([5, 6, 7], -3.6)
+    assert kept.best() == [5, 6, 7]
+    assert [score for score, _ in kept.texts] == pytest.approx([-1.0, -0.9])
+    assert kept.is_settled(-4.1, 4)
+    assert not kept.is_settled(-4.1, 5)
+    kept.add([8], -3.0)
+    assert len(kept.texts) == 2
+    kept.add([8], -1.0)
+    assert kept.best() == [8]
+    assert kept.worst == pytest.approx(-0.9)
+
+    model, ends = system("llama"), [[word] for word in range(2, small.WORDS, 6)]
+    for settings in ({"num_beams": 3}, {"num_beams": 2, "repetition_penalty": 1.5, "min_new_tokens": 3}):
+        config = GenerationConfig(max_new_tokens=NEW, rules="4.28", **settings)
+        texts = generate(model, batch(), config, ends=ends)
+        assert generate(model, batch(ROWS[:1]), config, ends=ends) == texts[:1]
+        assert min(map(len, texts)) >= config.min_new_tokens
+        assert not {word for text in texts for word in text[config.min_new_tokens :]} & {end for (end,) in ends}
+    rows = tuple(small.row(seed, 9, 0, seed % 2) for seed in range(5))
+    config = GenerationConfig(max_new_tokens=NEW, rules="4.28", prompt_pad="right")
+    assert generate(model, batch(rows), config, ends=ends) == generate(model, batch(rows), CONFIGS["greedy"], ends=ends)
+
+
 def test_what_cannot_be_is_refused() -> None:
     model = system("llama")
     with pytest.raises(UserError, match="no prompts to go on from"):
         generate(model, Batch(keys=("x",)), CONFIGS["greedy"], ends=[[END]])
+    model = system("opt")
+    with pytest.raises(UserError, match=r"may have 43 tokens, but the language model knows 40 positions"):
+        generate(model, batch(), GenerationConfig(max_new_tokens=24), ends=[[END]])
+    assert generate(model, batch(), GenerationConfig(max_new_tokens=21), ends=[[0]])
     with pytest.raises(UserError, match="places for video, but the batch has no features"):
         generate(model, Batch(keys=("x",), prompts=pack(ROWS, small.FRAMES)), CONFIGS["greedy"], ends=[[END]])
 

@@ -141,7 +141,9 @@ class _Beams:
         from (B * K,), and with which word (B * K,)."""
         words_known = scores.shape[1]
         summed = (scores + self.totals.to(scores.device).flatten()[:, None]).view(len(self.kept), -1)
-        best, places = (x.tolist() for x in summed.topk(2 * self.beams, dim=1))
+        # enough for K beams that go on, whatever else ends; with one end these are 4.28's 2 K
+        most = min((1 + len(self.ends)) * self.beams, summed.shape[1])
+        best, places = (x.tolist() for x in summed.topk(most, dim=1))
         length = ids.shape[1] + 1
         chosen, words, totals = [], [], []
         for row, kept in enumerate(self.kept):

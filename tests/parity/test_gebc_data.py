@@ -207,3 +207,31 @@ def test_a_batch_of_boundaries(load_golden, golden):
         text = [token for token in given["text_ids"][number].tolist() if token != sizes["pad_token_id"]]
         assert row.tolist() == lead + prompt + text
         assert learnt.tolist() == text
+
+
+# Captions of Video-LLaMA ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["stage2_caption", "stage1_no_prompt_trunc12"])
+def test_rows_of_captions(load_golden, tokenizer, case):
+    recorded = load_golden("gebc_videollama.pt")
+    sizes, want = recorded["config"], recorded["outputs"]["cases"][case]
+    asked = case == "stage2_caption"
+    line = PLACE + want["prompt"].partition("</Image>")[2].removesuffix(" ###Assistant: ") if asked else ""
+    config = DialogueConfig(
+        tokenizer=tokenizer,
+        num_video_tokens=sizes["num_video_query_token"],
+        clean="none",
+        prompts=(line,) if asked else (),
+        caption_end=sizes["end_sym"] if asked else "\n",
+        max_caption_length=sizes["max_txt_len"] if asked else max(map(len, want["text_ids"])),
+    )
+    lead = [sizes["bos_token_id"], *want.get("p_before_ids", []), *[0] * config.num_video_tokens]
+    lead += want.get("p_after_ids", [])
+    for caption, text in zip(recorded["inputs"]["captions"], want["text_ids"]):
+        record = Record(
+            key="k", shard="s", row=0, video=None, annotation={"caption": caption}, num_frames=1, fps=0, decoders=()
+        )
+        found = config._caption_tokens(record, Media(is_image=True), SampleRng(0))
+        assert list(found.ids) == lead + text
+        assert list(found.labels) == [IGNORE] * len(lead) + text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from vlm.models.eva import TowerConfig
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.llmva import LlmvaConfig
 from vlm.models.opt_base import OptBaseConfig
+from vlm.models.published import FAMILIES
 from vlm.models.video_llama import VideoLlamaConfig
 from vlm.nn.qformer import QFormerConfig
 from vlm.recipe import load
@@ -256,6 +258,23 @@ def test_outputs_that_differ_are_refused(
     )
     said = r.refusal(capsys, tmp_path / "x.pth", tmp_path / "o", "--from", "video_llama", "--to", "vlm")
     assert "not the same model, so nothing was written" in said
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("swapped", [("layer_norm1", "layer_norm2"), ("q_bias", "v_bias")])
+def test_names_that_were_misunderstood_are_refused(
+    tmp_path: Path, swapped: tuple[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table with two names of one shape swapped still returns every file to the bit; outputs tell."""
+    one, other = swapped
+    turned = {one: other, other: one}
+    pattern = re.compile("|".join(swapped))
+    pairs = [(pattern.sub(lambda m: turned[m[0]], ours), theirs) for ours, theirs in video_llama_fit.names.TOWER]
+    monkeypatch.setattr(video_llama_fit.names, "TOWER", pairs)
+    monkeypatch.setitem(FAMILIES["lavis"].pairs, "tower", pairs)
+    torch.save(EVA, tmp_path / "eva_vit_g.pth")
+    said = r.refusal(capsys, tmp_path / "eva_vit_g.pth", tmp_path / "o", "--from", "lavis", "--to", "vlm")
+    assert "outputs: a random picture of 4: the published formulas and our model differ by at most" in said
     assert not (tmp_path / "o").exists()
 
 

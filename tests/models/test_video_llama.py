@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from vlm import recipe
 from vlm.config import to_dict
 from vlm.models.llama_base import DERIVED, SIZES, llama
 from vlm.models.trained import MANIFEST, WEIGHTS, persistent_buffers
@@ -357,6 +358,13 @@ def test_derived_llamas(name: str) -> None:
     assert config.vocab_size == words
     assert (config.dim, config.layers, config.heads) == SIZES[origin][:3]
     assert llama(name, vocab_size=7).vocab_size == 7
+
+
+@pytest.mark.parametrize("name", recipe.families()["video_llama"])
+def test_recipes_store_big_language_models_in_half_precision(name: str) -> None:
+    config = recipe.load(f"video_llama.{name}").model
+    llm = getattr(config, "opt", None) or config.llama
+    assert llm.dim < 1000 or llm.dtype == "bfloat16"
 
 
 def test_cost(model: VideoLlama) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import writing_worker as w
+from launching import ROOT
 from launching import run as launch
 
 from tools import score
@@ -77,6 +78,23 @@ def test_settings_of_generation_matter(shards: Path, tmp_path: Path) -> None:
         w.alone(w.recipe(shards, tmp_path / name, probes=(), **way), [])
         found[name] = [row["text"] for row in lines(tmp_path / name)]
     assert len({tuple(texts) for texts in found.values()}) == len(w.WAYS)
+
+
+@pytest.mark.slow
+def test_the_command_line_says_how_texts_are_written(shards: Path, tmp_path: Path) -> None:
+    def evaluate_with(name: str, *settings: str, expect: int = 0) -> str:
+        command = [str(ROOT / "launch" / "evaluate.py"), "--recipe", "video_llama.debug", "--untrained"]
+        return launch([*command, f"eval.shards={shards}", f"run_dir={tmp_path / name}", *settings], expect=expect)
+
+    evaluate_with("greedy")
+    evaluate_with("beams", "eval.generation.num_beams=5", "eval.generation.max_new_tokens=9")
+    greedy, beams = (lines(tmp_path / name) for name in ("greedy", "beams"))
+    assert [row["key"] for row in greedy] == [row["key"] for row in beams]
+    assert [row["text"] for row in greedy] != [row["text"] for row in beams]
+    refused = evaluate_with("no", "eval.generation.top_p=0.5", expect=2)
+    assert (
+        "eval.generation.top_p=0.5: generation.top_p is 0.5; it must be 1 unless generation.sample is true" in refused
+    )
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ class CausalSystem(System):
 
     def _narrows(self, places: int, tokens: int) -> bool:
         """Whether a pass for so many places is worth a narrowed last block, whose mask is places x tokens."""
-        return can_narrow(self.llm) and 2 * places <= tokens
+        return can_narrow(self.llm) and 0 < 2 * places <= tokens  # attention kernels want at least one query
 
     def read_at(
         self, names: Sequence[str], rows: Sequence[TextRows], places: Sequence[Tensor], batch: Batch

@@ -305,7 +305,8 @@ def test_ends_of_real_words(golden) -> None:
 # Lengths --------------------------------------------------------------------------------------------------------------
 
 
-def test_expected_lengths_are_not_too_short(tmp_path) -> None:
+@pytest.mark.parametrize("counted", [False, True])
+def test_expected_lengths_are_not_too_short(tmp_path, golden, counted: bool) -> None:
     samples = []
     for number in range(12):
         turns = [ASKED[0], {"from": "gpt", "value": "word " * (3 + 5 * number)}]
@@ -314,9 +315,10 @@ def test_expected_lengths_are_not_too_short(tmp_path) -> None:
     path.write_bytes(picture(pictures(1, 16, 16)[0]))
     for sample in samples:
         sample.video = path
-    write_shards(samples, tmp_path / "shards", arguments={})
+    words = golden("gebc_tokenizers") / "llama" if counted else None
+    write_shards(samples, tmp_path / "shards", arguments={}, tokenizer=words)
     shards = ShardSet(tmp_path / "shards")
-    inputs = config()
+    inputs = config(tokenizer=words)
     rows = [train(inputs, shards.read(row)).rows["dialogue"][0] for row in range(len(shards))]
     assert (inputs.lengths(shards) >= [len(row.ids) for row in rows]).all()
-    assert (inputs.lengths(shards) <= [len(row.ids) + 200 for row in rows]).all()
+    assert (inputs.lengths(shards) <= [len(row.ids) + (70 if counted else 200) for row in rows]).all()

@@ -7,15 +7,17 @@ encoder made of them before is (`source="features"`); what is written around the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
+from vlm.data.dialogue_lengths import dialogue_lengths
+from vlm.data.dialogue_records import is_text, text_alone, turns_of
 from vlm.data.features import tensor_members
 from vlm.data.frames import CLIP_COLOURS, Look, Sampling, sample, seconds_of, see
 from vlm.data.packing import row_of
@@ -24,14 +26,12 @@ from vlm.data.rng import SampleRng
 from vlm.data.sampling import uniform_frames
 from vlm.data.shard_reencode import is_still
 from vlm.data.shards import ShardSet
-from vlm.data.stream import text_lengths
 from vlm.data.templates import (
     PLACE,
     SYSTEM,
     VICUNA_END,
     Media,
     TemplateName,
-    Turn,
     blip_caption,
     caption_lead,
     dialogue,
@@ -51,7 +51,7 @@ IMAGE_LINES = (
     f"{PLACE} Could you describe the contents of this image for me?",
 )
 """What the second stage of Video-LLaMA asks for captions of images with (after MiniGPT-4, arXiv 2304.10592)."""
-_MEASURED = 32  # records whose rows are made to know how long rows become
+_MESSAGE = 64  # tokens of what is told of frames
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,20 +144,17 @@ class DialogueConfig:
         """A record is one sample."""
 
     def lengths(self, shards: ShardSet) -> np.ndarray:
-        """(records,) tokens that each record's rows are expected to have: its text, times the most tokens that text of
-        such length became in `_MEASURED` records, with what stands around it."""
-        text = text_lengths(shards).astype(np.float64)
-        around = self.num_video_tokens + len(self._encode((Text("?"),)).ids) + 64
-        rate = 0.0
-        for number in np.unique(np.linspace(0, len(shards) - 1, _MEASURED).astype(int)):
-            record = shards.read(int(number), ())
+        """(records,) tokens that each record's rows are expected to have (vlm.data.dialogue_lengths)."""
+
+        def measure(record: Record) -> int | None:
             try:
                 rows = self._rows(record, VIEWS, Media(is_image=True), SampleRng(0), {})
             except (DecodeError, UserError):
-                continue  # told when it is loaded
-            longest = sum(len(row.ids) for several in rows.values() for row in several)
-            rate = max(rate, (longest - around) / text[number])
-        return around + np.ceil(rate * text).astype(np.int64)
+                return None
+            return sum(len(row.ids) for several in rows.values() for row in several)
+
+        around = self.num_video_tokens + (_MESSAGE if self.frames_message else 0)
+        return dialogue_lengths(shards, self.tokenizer, measure, around)
 
     def train(self, record: Record, rng: SampleRng, visit: Visit) -> list[Example]:
         """The rows of a record in the views that the recipe weighs.
@@ -200,7 +197,7 @@ class DialogueConfig:
             line = (self._line(None) or "").replace(PLACE, "").strip()
             asked.append(Ask(record.key, None, kind="", question=line, references=(words,)))
         if self._tests("dialogue", record):
-            turns = _turns(record)
+            turns = turns_of(record)
             answers = [place for place, turn in enumerate(turns) if turn["from"] == "gpt"]
             asked += [
                 Ask(
@@ -224,7 +221,7 @@ class DialogueConfig:
             lead = caption_lead(self._line(None), self.template, self._system, media or Media())
             prompts.append(self._prompt_row(lead, counters))
         if self._tests("dialogue", record):
-            spoken = dialogue(_turns(record), self.template, self._system, media)
+            spoken = dialogue(turns_of(record), self.template, self._system, media)
             prompts += [self._prompt_row(spoken.prompt[:place], counters) for place in spoken.answers]
         if not prompts:
             raise DecodeError(f"record {record.key!r} of {record.shard} has no {' and no '.join(self.test_views)}")
@@ -304,12 +301,12 @@ class DialogueConfig:
         """(an example with the frames of a record, how they are written); without video: text alone."""
         if self.source == "pixels":
             if record.video is None:
-                return _text_alone(record)
+                return text_alone(record)
             seen = see(record, Look(self.num_frames, self.size, sampling, crop_scale, self.uint8_wrap), rng)
             example = Example(key=record.key, frames=seen.frames)
             return example, self._media(seen.is_image, seen.seconds, len(seen.frames))
-        if not any(name in record.members for name in self.members) and _is_text(record):
-            return _text_alone(record)
+        if not any(name in record.members for name in self.members) and is_text(record):
+            return text_alone(record)
         tokens = read_tokens(record, self.features, self.frame_tokens, self.frame_dim)
         chosen = sample(len(tokens), self.num_frames, sampling, rng)
         known = record.num_frames > 0
@@ -365,7 +362,7 @@ class DialogueConfig:
         return self._encode((*lead, *text), before + self.max_caption_length)
 
     def _turns_tokens(self, record: Record, media: Media | None) -> Tokens:
-        turns = _turns(record)
+        turns = turns_of(record)
         prompt = dialogue(turns, self.template, self._system, media).prompt
         tokens = self._encode(prompt, self.max_length)
         if self.label_mask == "drift":
@@ -391,35 +388,6 @@ class DialogueConfig:
 
 
 _FIELDS = {"caption": "caption", "dialogue": "conversations"}  # view -> name in annotations
-
-
-def _turns(record: Record) -> Sequence[Turn]:
-    turns: Any = record.annotation["conversations"]
-    good = isinstance(turns, list) and all(
-        isinstance(turn, Mapping)
-        and isinstance(turn.get("value"), str)
-        and turn.get("from") in ("human", "gpt", "system")
-        for turn in turns
-    )
-    if not good or not any(turn["from"] == "gpt" for turn in turns):
-        raise DecodeError(f"record {record.key!r} of {record.shard}: its conversations are damaged, or nobody answers")
-    return turns
-
-
-def _text_alone(record: Record) -> tuple[Example, None]:
-    if not _is_text(record):
-        raise DecodeError(f"record {record.key!r} of {record.shard} has no video, but its text has a place for one")
-    return Example(key=record.key), None
-
-
-def _is_text(record: Record) -> bool:
-    """Whether a record is a dialogue that no video belongs to."""
-    spoken = record.annotation.get("conversations")
-    return (
-        "caption" not in record.annotation
-        and isinstance(spoken, list)
-        and not any(PLACE in str(turn.get("value")) for turn in spoken if isinstance(turn, Mapping))
-    )
 
 
 @lru_cache(maxsize=64)

@@ -193,6 +193,14 @@ def test_what_a_batch_must_have(model: Llmva) -> None:
         model.encode_video(s.features((2,), other=7))
 
 
+def test_rows_beyond_the_positions_of_opt(model: Llmva) -> None:
+    """An index error in the embedding otherwise, and on a GPU one that tells nothing."""
+    fits = s.features((2,), s.rows([64], PLACES))
+    assert torch.isfinite(losses(model, fits)).all()
+    with pytest.raises(UserError, match=r"clip0: a row of 65 tokens, but model\.opt\.max_positions is 64"):
+        model(s.features((2,), s.rows([65], PLACES)))
+
+
 def test_inputs_that_do_not_fit() -> None:
     own = {"num_video_tokens": PLACES, "num_frames": 4, "source": "features", "tokenizer": None, "vocab_size": s.WORDS}
     s.llmva_config().check_inputs(SimpleNamespace(**own))

@@ -289,7 +289,7 @@ def recorded_schedules(values: Any) -> list[tuple[Recipe, int, list[tuple[int, f
 
 
 def test_schedule(load_golden: Load) -> None:
-    """Through the recipe, as the trainer asks; measured: 1e-20."""
+    """Through the recipe, as the trainer asks; measured: 0."""
     cases = recorded_schedules(load_golden("gebc_lr.json"))
     assert cases
     for recipe, total, rates in cases:

@@ -24,7 +24,7 @@ from vlm.models.padded_prompts import pad_prompts
 from vlm.models.trained import start_from
 from vlm.models.video_base import VideoConfig, VideoSystem
 from vlm.nn.qformer import read_memory
-from vlm.types import Batch, UserError
+from vlm.types import Batch, TextRows, UserError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,7 +100,14 @@ class Llmva(VideoSystem):
         self.freeze()
 
     def arrange(self, batch: Batch) -> Batch:
-        """Prompts filled up as the original's, where `prompt_pad` is right."""
+        """Prompts filled up as the original's, where `prompt_pad` is right. UserError: rows beyond OPT's positions."""
+        if self.config.opt is not None:
+            longest, known = max(map(_longest, batch.views.values())), self.config.opt.max_positions
+            if longest > known:
+                raise UserError(
+                    f"{', '.join(batch.keys)}: a row of {longest} tokens, but model.opt.max_positions is {known}: OPT "
+                    "has no embedding for those beyond. Mend: shorter texts (inputs.max_caption_length)"
+                )
         if self.config.prompt_pad == "none":
             return batch
         is_opt = self.config.opt is not None
@@ -155,6 +162,14 @@ class Llmva(VideoSystem):
         videos, length = batch.extra["other"].shape[:2]
         read = c.qformer.flops(c.frame_dim, c.other_tokens, length) + 2.0 * length * c.other_dim * c.frame_dim
         return flops + videos * read
+
+
+def _longest(rows: TextRows) -> int:
+    """Tokens of the longest row with what it goes on from."""
+    ends: list[int] = []
+    for length, parent in zip(rows.lengths, rows.parents):
+        ends.append(length + (ends[parent] if parent >= 0 else 0))
+    return max(ends)
 
 
 def boundary_embedding(boundary: Tensor, dim: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The words of captions: as the Java tokenizer of COCO's evaluation finds them, from its recorded answers.
 
-`treebank_words.json.gz` holds [text, its words joined by blanks] of 6,694 texts written or drawn for this: captions
+`treebank_words.json.gz` holds [text, its words joined by blanks] of 6,725 texts written or drawn for this: captions
 with every contraction, abbreviation and sign, random strings, and characters of all scripts. Recorded from
 pycocoevalcap 1.2 (CoreNLP 3.4.1) under Java 17; tests/metrics/test_coco.py asks the program itself where there is one.
 """

@@ -39,7 +39,7 @@ _FILE_ENDINGS = (
     "bat|bmp|c|cgi|class|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt"
     "|wav|x|xml|zip"
 )
-_SHORTENED = "nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|o'o"
+_SHORTENED = "nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l"
 _OPENINGS = (
     "a|about|according|additionally|after|an|as|at|but|earlier|he|her|here|however|if|in|it|last|many|more|now|once|one"
     "|other|our|she|since|so|some|such|that|the|their|then|there|these|they|this|we|what|when|while|yet|you|mr\\."
@@ -56,18 +56,18 @@ _QUOTE = "['\u0092\u2019`\u0091\u2018\u201b]"  # whatever is written for an apos
 _LETTER = f"(?:[{LETTERS}{MARKS}\u00ad]|&(?:[aeiouAEIOU](?:acute|grave|uml));)"
 _WORD_PART = f"{_LETTER}(?:{_LETTER}|[{DIGITS}])*"
 _WORD = f"{_WORD_PART}(?:[.!?]{_WORD_PART})*"
-_ALPHANUMERIC = f"[{LETTERS}\u00ad{DIGITS}]"
+_ALPHANUMERIC = f"[{LETTERS}{DIGITS}]"
 _PART = f"(?:[dDoOlL]{_QUOTE}{_ALPHANUMERIC})?{_ALPHANUMERIC}+"
-_AUXILIARY = f"{_APOSTROPHE}(?i:[msd]|re|ve|ll)"
+_AUXILIARY = f"{_APOSTROPHE}(?ai:[msd]|re|ve|ll)"
 _NUMBER = f"[-+]?(?:[{DIGITS}]*(?:[.:,\u00ad\u066b\u066c][{DIGITS}]+)+|[{DIGITS}]+)"
 _ACRONYM = r"[A-Za-z](?:\.[A-Za-z])*"
-_URL_END = r"[^\s\"<>|.!?(){},-]"
-_DOMAIN = r"[^\s\"`'<>|.!?,_$(){}\-:;=/\[\]\\@^]"
+_URL_END = r"[^ \t\n\"<>|.!?(){},-]"
+_DOMAIN = r"[^ \t\n\"`'<>|.!?(){}$,-_]"  # from the comma to the line below: digits and capitals too
 _PHONE = r"(?:\(\d{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:\d{2,4}[- \u00a0])?\d{2,4}[- \u00a0])\d{3,4}[- \u00a0]?\d{3,5}"
 _TAG_NAME = r"[A-Za-z][A-Za-z0-9_:.\-]*"
 _TAG_VALUE = r"(?: *= *(?:'[^']*'|\"[^\"]*\"))?"
 _TAG = rf"(?:<[!?][A-Za-z\-][^>]*>|<{_TAG_NAME}(?: +{_TAG_NAME}{_TAG_VALUE})* */?>|</{_TAG_NAME} *>)"
-_EMAIL = r"[A-Za-z0-9][^\s\"<>|(){}\u00a0]*@(?:[^\s\"<>|(){}.\u00a0]+\.)*[^\s\"<>|(){}.\u00a0]+"
+_EMAIL = r"[A-Za-z0-9][^ \t\n\"<>|(){}\u00a0]*@(?:[^ \t\n\"<>|(){}.\u00a0]+\.)*[^ \t\n\"<>|(){}.\u00a0]+"
 
 
 class _Rule(NamedTuple):
@@ -75,8 +75,12 @@ class _Rule(NamedTuple):
     write: Callable[[str], str]  # what the token reads
 
 
-def _same(text: str) -> str:
+def _as_it_stands(text: str) -> str:
     return text
+
+
+def _same(text: str) -> str:
+    return text.replace("\u00ad", "") or "-"  # soft hyphens are not written
 
 
 def _ascii_quotes(text: str) -> str:
@@ -100,48 +104,49 @@ def _with_parentheses_named(text: str) -> str:
 _RULES = [
     _Rule(re.compile(pattern), write)
     for pattern, write in (
-        ("((?i:can(?=not)|(?:gon|wan)(?=na)|got(?=ta)|lem(?=me)|gim(?=me)))(?i:not|na|ta|me)", _same),
-        ("('(?i:t))(?i:is|was)", _same),
+        ("((?ai:can(?=not)|(?:gon|wan)(?=na)|got(?=ta)|lem(?=me)|gim(?=me)))(?ai:not|na|ta|me)", _same),
+        ("('(?ai:t))(?ai:is|was)", _same),
         (f"({_TAG})", _same),
         (f"({_WORD}){_AUXILIARY}", _same),
-        (f"([A-Za-z]*[A-MO-Za-mo-z])(?i:n){_QUOTE}(?i:t)", _same),
+        (f"([A-Za-z]*[A-MO-Za-mo-z])(?ai:n){_QUOTE}(?ai:t)", _same),
         (f"({_WORD})", _same),
-        (f"({_APOSTROPHE}(?i:n){_APOSTROPHE}?)", _same),
+        (f"({_APOSTROPHE}(?ai:n){_APOSTROPHE}?)", _same),
         (f"([A-HJ-XZn]{_QUOTE}[{LETTERS}]{{2,}}|[{LETTERS}]+[aeiouyAEIOUY]{_QUOTE}[aeiouA-Z][{LETTERS}]*)", _same),
         (
-            f"((?i:{_APOSTROPHE}(?:em|till?|cause)|[cn]{_APOSTROPHE}est|(?:[djl]|ol|dunkin|somethin){_APOSTROPHE}))",
+            f"((?ai:{_APOSTROPHE}(?:em|till?|cause)|[cn]{_APOSTROPHE}est|(?:[djl]|ol|dunkin|somethin){_APOSTROPHE}))",
             _same,
         ),
-        (f"((?i:{_SHORTENED}))", _same),
-        (f"((?i:y){_APOSTROPHE})[A-Za-z]", _same),
+        (f"((?ai:{_SHORTENED})|[oO]{_QUOTE}[oO])", _same),
+        (f"((?ai:y){_APOSTROPHE})[{LETTERS}]", _same),
         (f"({_APOSTROPHE}(?:[2-9]0s|[0-9][0-9](?=\\s)))", _same),
-        (f'((?i:https?)://[^\\s"<>|(){{}}]+{_URL_END})', _same),
-        (r"((?i:www)\.(?:[^\s\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}(?:/[^\s\"<>|()]+" + _URL_END + ")?)", _same),
-        (f'((?:(?![{DIGITS}]){_DOMAIN}+\\.)+(?i:com|net|org|edu)(?:/[^\\s"<>|()]+{_URL_END})?)', _same),
-        (f"((?:{_ALPHANUMERIC}+\\.)+(?i:{_FILE_ENDINGS}))(?=[\\s.,!?])", _same),
-        ("((?i:anti|pro)-)[^A-Za-z0-9]", _same),
-        (f"(<?{_EMAIL}>?)", _same),
+        (f'((?ai:https?)://[^ \\t\\n"<>|(){{}}]+{_URL_END})', _same),
+        (r"((?ai:www)\.(?:[^ \t\n\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}(?:/[^ \t\n\"<>|()]+" + _URL_END + ")?)", _same),
+        (f'((?:{_DOMAIN}+\\.)+(?ai:com|net|org|edu)(?:/[^ \\t\\n"<>|()]+{_URL_END})?)', _same),
+        (f"((?:{_ALPHANUMERIC}+\\.)+(?ai:{_FILE_ENDINGS}))(?=[\\s.,!?])", _same),
+        ("((?ai:anti|pro)-)[^A-Za-z0-9]", _same),
+        (f"(<?{_EMAIL}>?)", _as_it_stands),
         (r"(@[A-Za-z_][A-Za-z_0-9]*)", _same),
-        (f"(#{_LETTER}+)", _same),
+        (f"(#{_LETTER}+)", _as_it_stands),
         (f"({_AUXILIARY})[^A-Za-z]", _ascii_quotes),
         (r"(')[A-Za-z]\S", _same),
         (f"({_AUXILIARY})", _ascii_quotes),
-        (f"((?i:n){_QUOTE}(?i:t))", _ascii_quotes),
+        (f"((?ai:n){_QUOTE}(?ai:t))", _ascii_quotes),
         (f"({_NUMBER})", _same),
+        (r"([0-9]{1,2}[-/][0-9]{1,2}[-/][0-9]{2,4})", _same),
         ("([\u207a\u207b\u208a\u208b]?(?:[\u2070\xb9\xb2\xb3\u2074-\u2079]+|[\u2080-\u2089]+))", _same),
         (r"((?:\d{1,4}[- \u00a0])?\d{1,4}\\?/\d{1,4})", _same),
         (f"({_PART}(?:[-_\u058a\u2010\u2011]{_PART})*)", _same),
+        (f"((?ai:{_ENDINGS})\\.|(?:{_STATES})\\.|(?:{_STATES.upper()})\\.)(?s:..)?", _same),
         (r"([A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9\u00ad]+))+)", _same),
         (r"([A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2})", _same),
-        ("([A-Z]+(?:(?:[+&]|&(?i:amp);)[A-Z]+)+)", lambda text: re.sub("&(?i:amp);", "&", text)),
+        ("([A-Z]+(?:(?:[+&]|&(?ai:amp);)[A-Z]+)+)", lambda text: re.sub("&(?ai:amp);", "&", text)),
         (r"([cC]\+\+|[cCfF]#)", _same),
         (r"([A-Z]*\$)", _same),
-        (f"([A-Za-z])\\.\\s+(?:(?=[A-Z])(?i:{_OPENINGS})(?=\\s)|{_TAG})", _same),
+        (f"([A-Za-z])\\.\\s+(?:(?=[A-Z])(?ai:{_OPENINGS})(?=\\s)|{_TAG})", _same),
         (f"({_ACRONYM}\\.)", _same),
-        (f"((?:{_WORD}|{_PART}(?:[-_]{_PART})*)\\.)[,;:]", _same),
-        (f"((?i:(?:ph|ed)\\.d|{_TITLES})\\.)", _same),
-        (f"((?i:{_ENDINGS})\\.|(?:{_STATES})\\.|(?:{_STATES.upper()})\\.)(?s:..)?", _same),
-        (f"((?i:{_NUMBERED})\\.)\\s?[0-9]", _same),
+        (f"((?:{_WORD}|{_PART}(?:[-_]{_PART})*)\\.)[,;:\u3001]", _same),
+        (f"((?ai:(?:ph|ed)\\.d|{_TITLES})\\.)", _same),
+        (f"((?ai:{_NUMBERED})\\.)\\s?[0-9]", _same),
         (f"({_PHONE})", _bracketed),
         (r"([<>]?[:;=]['o*-]?[()DPdpO\\{@|\[\]])[^A-Za-z0-9]", _with_parentheses_named),
         ("([-^x=~<>']_[-^x=~<>'])", _same),
@@ -155,16 +160,20 @@ _RULES = [
         ("([\u0080\u00a4\u20a0\u20ac])", _constant("$")),
         ("(\u00a3)", _constant("#")),
         (r"([\[\](){}])", _bracketed),
-        (r"(-{2,}|[\u0096\u0097\u2013-\u2015]|&(?:MD|mdash|ndash);|&(?:MD|mdash|ndash))", _constant("--")),
+        (r"(-{5,})", _same),
+        (r"(-{2,}|[\u0096\u0097\u2013-\u2015]|&(?:MD|mdash|ndash);)", _constant("--")),
         (r"(\.(?:\.{2,4}|(?: \.){2,4})|\u2026|\u0085)", _constant("...")),
         (r"([?!]+)", _same),
         (r"(\*+|(?:\\\*){1,3}|@{2,}|#{2,}|_+|<<|>>)", _same),
         (r"(\"|''|&quot;)", _constant("''")),
-        (f"([`{''.join(_QUOTES)}]{{1,2}})", lambda text: "".join(_QUOTES.get(sign, sign) for sign in text)),
+        (
+            f"([`{''.join(_QUOTES)}\u201a\u201e\u201f]{{1,2}})",
+            lambda text: "".join(_QUOTES.get(sign, sign) for sign in text),
+        ),
         ("('|&apos;)", _constant("'")),
-        (r"(&(?i:amp);)", _constant("&")),
-        (r"(&(?i:lt);)", _constant("<")),
-        (r"(&(?i:gt);)", _constant(">")),
+        (r"(&(?ai:amp);)", _constant("&")),
+        (r"(&(?ai:lt);)", _constant("<")),
+        (r"(&(?ai:gt);)", _constant(">")),
         (r"(&#\d+;)", _same),
         ("([\u058a\u2010\u2011])", _constant("-")),
     )
@@ -172,8 +181,8 @@ _RULES = [
 LINE_BREAKS = re.compile("[\\n\\r\\v\\f\\x1c-\\x1e\\x85\u2028\u2029]")
 """Of one caption on one line."""
 
-_SPACE = re.compile(r"(?:\s|&(?i:nbsp);)+")
-_PLAIN = re.compile(r"[A-Za-z]+(?=\s)")  # nothing but letters up to the next space: most of any caption
+_SPACE = re.compile(r"(?:\s|&(?ai:nbsp);)+")
+_PLAIN = re.compile(r"[A-Za-z]+(?=[ \n])")  # nothing but letters up to the next space: most of any caption
 _PLAIN_SPLIT = frozenset(("cannot", "gonna", "gotta", "lemme", "gimme", "wanna"))
 _NO_WORD = re.compile(f"[{DELETED}\U00010000-\U0010ffff]")
 
@@ -198,7 +207,6 @@ def tokenize(text: str) -> list[str]:
             continue
         end, written = _longest(text, at)
         at = end
-        written = written.replace("\u00ad", "") or "-"
         if (word := written.lower()).strip() and word not in DROPPED:
             words.append(word.replace(" ", "\u00a0"))
     return words

@@ -174,4 +174,3 @@ def check_frames(frames: Tensor, config: TowerConfig, named: str) -> None:
             f"{named}: frames are {tuple(frames.shape[1:])}; the tower reads 3 colours and sides that are multiples of "
             f"model.tower.patch_size={config.patch_size}"
         )
-

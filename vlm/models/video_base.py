@@ -263,5 +263,3 @@ class VideoSystem(CausalSystem):
         width = self.llm.config.hidden_size
         projected = 2.0 * c.places * c.frame_dim * width
         return videos * (c.qformer.flops(c.frame_dim, c.num_video_tokens, memory) + projected)
-
-

@@ -46,3 +46,4 @@ test-slow: env
 bench: env
 	.venv/bin/python bench/vqa.py $(BENCH_ARGS)
 	.venv/bin/python bench/data.py $(BENCH_ARGS)
+	.venv/bin/python bench/video_llama.py $(BENCH_ARGS)

@@ -179,7 +179,7 @@ def _group(rng: np.random.Generator, split: str, first: int, scene: Scene, leg: 
         centres[:, 1 - motion.axis] = _range(resting, 1 - motion.axis, scene.radius, distance) + distance * rest
         question = f"which way does the {scene.subject} move?"
         turn = first // NUM_CLASSES + label
-        annotation = {
+        annotation: dict[str, Any] = {
             "label": label,
             "name": motion.name,
             "caption": f"a {scene.subject} moves {motion.words}",
@@ -219,7 +219,7 @@ def _sequence(rng: np.random.Generator, key: str, scene: Scene, leg: int) -> Cli
     labels = [segment["label"] for segment in segments]
     turn = int(rng.integers(4))
     first, last = (f"which way does the {scene.subject} move {when}?" for when in ("first", "last"))
-    annotation = {
+    annotation: dict[str, Any] = {
         "caption": f"a {scene.subject} moves " + ", then ".join(CLASSES[label].words for label in labels),
         "segments": segments,
         "questions": [

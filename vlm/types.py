@@ -17,8 +17,8 @@ from vlm.errors import UserError as UserError  # every floor takes it from here
 
 
 class StoredArray(NamedTuple):
-    """A tensor inside a published file (.pth, .safetensors): it becomes an `.npy` member when its shard is built, or, of
-    any dtype, a `.safetensors` member: as the member is called."""
+    """A tensor inside a published file (.pth, .safetensors): it becomes an `.npy` member when its shard is built, or,
+    of any dtype, a `.safetensors` member: as the member is called."""
 
     file: Path
     name: str  # its key in the file

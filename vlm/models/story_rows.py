@@ -22,7 +22,7 @@ from vlm.data.prompts import PromptEncoder
 from vlm.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from vlm.data.views import VIEWS, Item, items
 from vlm.sources.common_stories import NUM_TOLD, Frame, phrases, stories
-from vlm.types import IGNORE, Prompt, Segment, Text, Video
+from vlm.types import IGNORE, Prompt, Segment, Text
 
 KINDS = ("motion", "colour", "shape")
 """Forms of the view `answer`: one a kind of question."""

@@ -281,9 +281,7 @@ def note_frozen(model: Model, config: Branch, wish: Wish) -> None:
     if given and (path is None or path.exists()):
         tower = config.tower
         if tower is not None and any(p is not None and not p.exists() for p in (tower.path, tower.vision_path)):
-            model.notes.append(
-                f"its tower {tower.path} is not there, so its base is the language model alone"
-            )
+            model.notes.append(f"its tower {tower.path} is not there, so its base is the language model alone")
             config = replace(config, tower=None)
         found = frozen_hash(config)
         stated = model.frozen_hash

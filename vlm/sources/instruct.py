@@ -7,8 +7,8 @@
 - {videos or images: [path], messages: [{role, content}]} of LLaMA-Factory, and Video-ChatGPT's {video_id, q, a}.
 
 All become the first: `conversations`, in which human and gpt take turns and the media stands once, as `<video>`, in a
-turn of the human. A row that names no media, and no place for it either, is a dialogue of text alone (LLaVA's mixes have
-such). Files are JSON lists or JSON lines. Media are found at the path that the row names, below the root or
+turn of the human. A row that names no media, and no place for it either, is a dialogue of text alone (LLaVA's mixes
+have such). Files are JSON lists or JSON lines. Media are found at the path that the row names, below the root or
 below its folders `videos` and `images` (`COCO_train2014_` may stand before the name there), or by name without suffix.
 """
 

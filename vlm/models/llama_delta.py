@@ -141,7 +141,8 @@ def refuse_whole(base: Llama, delta: Llama, kind: str) -> None:
     if kind != "billa" and cosine > _SAME:
         raise UserError(
             f"{delta.folder}: is no delta but a whole model: its {_PROBE} is nearly the base's (cosine {cosine:.2f}). "
-            "Nothing has to be merged: give this folder as model.llama.path. (Vicuna v1.3 and v1.5 are published whole.)"
+            "Nothing has to be merged: give this folder as model.llama.path. (Vicuna v1.3 and v1.5 are published "
+            "whole.)"
         )
     if kind == "billa" and cosine < _SAME:
         raise UserError(

@@ -169,7 +169,7 @@ def test_ends_and_least_length() -> None:
 
 def test_rules_of_4_28() -> None:
     """A text's length counts a begin token and no end; the first row of a batch is as alone; rows of one length need no
-    padding, so its side does not matter. Recorded captions: tests/parity/test_gebc_generation.py."""
+    padding, so its side does not matter. Recorded captions: tests/parity/test_gebc.py."""
     kept = _Kept(2, 1.0)
     kept.add([5], -2.0)
     assert not kept.is_settled(-100.0, 9)

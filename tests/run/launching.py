@@ -50,7 +50,7 @@ def run(arguments: list[str], processes: int = 1, expect: int = 0, timeout: floa
     except subprocess.TimeoutExpired:
         end(process)
         raise
-    assert process.returncode == expect, printed[-4000:]
+    assert process.returncode == expect, printed[-12000:]
     return printed
 
 

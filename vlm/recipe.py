@@ -151,6 +151,11 @@ class EvalConfig:
     generation: GenerationConfig | None = None
     """How texts are written; none where nothing is."""
 
+    @property
+    def in_training(self) -> bool:
+        """Whether a training run tests at all."""
+        return bool(self.at_start or self.at_end or self.every)
+
     def __post_init__(self) -> None:
         for name, least in (("workers", 0), ("batch_size", 1), ("every", 0)):
             _require(getattr(self, name) >= least, f"eval.{name}", getattr(self, name), f"{least} or more")
@@ -302,6 +307,13 @@ def check_files(recipe: Recipe) -> None:
                 raise UserError(f"{path}={value}: there is no such file or folder")
 
 
+def as_continued(recipe: Recipe) -> Recipe:
+    """The recipe for a checkpoint that replaces every trained tensor: what training began with is neither looked for
+    nor loaded."""
+    names = {f.name for f in dataclasses.fields(recipe.model)} & {"init_from", "projection_from"}
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **dict.fromkeys(names)))
+
+
 def _paths(config: Any, where: str) -> Iterator[tuple[str, Path]]:
     """Every path that a config names, with the name of its field."""
     for f in dataclasses.fields(config):
@@ -319,6 +331,7 @@ __all__ = [
     "OptimConfig",
     "Recipe",
     "TrainData",
+    "as_continued",
     "check_files",
     "check_inputs",
     "check_name",

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 from vlm.config import describe, to_dict
 from vlm.data.mix import is_elsewhere, parse_mix
 from vlm.errors import UserError
-from vlm.recipe import Recipe, TrainData, check_files, check_inputs, check_name, families, load, names
+from vlm.recipe import Recipe, TrainData, as_continued, check_files, check_inputs, check_name, families, load, names
 
 _TRAIN_PAGE = """\
 key=value changes a field of the recipe: steps=N seed=N run_dir=DIR optim.lr=X
@@ -156,7 +157,8 @@ def _recipes_in_short() -> str:
     """Modules of recipes with the number of each, and how to see more."""
     known = families()
     counts = ", ".join(f"{module} ({len(functions)})" for module, functions in known.items())
-    return f"recipes: {counts}\n(--recipe {next(iter(known))} names those of one; --help-all names all)"
+    listed = textwrap.fill(f"recipes: {counts}", 80, subsequent_indent="  ")
+    return f"{listed}\n(--recipe {next(iter(known))} names those of one; --help-all names all)"
 
 
 def place() -> tuple[int, int]:
@@ -220,7 +222,7 @@ def _train(options: argparse.Namespace, at_exit: ExitStack) -> None:
         return
     check_files(recipe)
     _check_shards("data.shards", recipe.data.shards, recipe.data)
-    if recipe.eval is not None and (recipe.eval.at_start or recipe.eval.at_end or recipe.eval.every):
+    if recipe.eval is not None and recipe.eval.in_training:
         _check_shards("eval.shards", recipe.eval.shards, recipe.data)
     from vlm.distributed import join, leave
     from vlm.run.train import train
@@ -241,6 +243,8 @@ def _evaluate(options: argparse.Namespace, at_exit: ExitStack) -> None:
     hardware = read_json(options.deepspeed_config) if options.deepspeed_config else {}
     _check_given_folder("eval.shards", options)
     recipe = load(options.recipe, options.overrides)
+    if options.checkpoint is not None:
+        recipe = as_continued(recipe)
     if recipe.eval is None:
         raise UserError(f"{options.recipe} has no test (eval is none); evaluate a recipe that fine-tunes from it")
     check_inputs(recipe)

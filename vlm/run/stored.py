@@ -37,4 +37,5 @@ def check_stored(recipe: Recipe, model: System, sets: Iterable[str]) -> None:
 
 def check_recipe(recipe: Recipe, model: System) -> None:
     """`check_stored` of what a recipe trains and tests on."""
-    check_stored(recipe, model, [recipe.data.shards, *([recipe.eval.shards] if recipe.eval is not None else [])])
+    tested = [recipe.eval.shards] if recipe.eval is not None and recipe.eval.in_training else []
+    check_stored(recipe, model, [recipe.data.shards, *tested])

@@ -83,6 +83,22 @@ def test_rows_that_are_cut_are_no_longer_than_that(shards: ShardSet) -> None:
     assert config.lengths(shards).max() == 120
 
 
+def test_records_without_dialogue_may_have_the_most_questions(tmp_path: Path) -> None:
+    few, *many = samples(20)
+    few.annotation["questions"] = few.annotation["questions"][:1]
+    for sample in many:
+        for question in sample.annotation["questions"]:
+            del question["dialogue"]
+    write_shards([few, *many], tmp_path / "shards", arguments={}, check=False, tokenizer=TOKENIZER)
+    shards = ShardSet(tmp_path / "shards")
+    counted = [shards.counted(name) for name in ("questions", "dialogues")]
+    assert [found.shape[1] for found in counted if found is not None] == [9, 1]
+    config = QuestionConfig(tokenizer=TOKENIZER, use_video=False, max_length=1000, dialogue=True)
+    over = config.lengths(shards) - real_lengths(config, shards)
+    assert over.min() >= -2
+    assert over.max() <= 16  # what leads to a dialogue, where a question has none
+
+
 def test_another_tokenizer_gives_an_estimate_on_the_safe_side(shards: ShardSet) -> None:
     config = QuestionConfig(use_video=False, max_length=2000)
     planned, real = config.lengths(shards), real_lengths(config, shards)

@@ -42,7 +42,7 @@ def question_lengths(shards: ShardSet, rows: Rows) -> np.ndarray:
         return _estimated(shards, rows)
     own = np.asarray(counted, np.int64)
     if rows.dialogue and (said := shards.counted("dialogues")) is not None:
-        own = own + said
+        own = own + np.pad(said, ((0, 0), (0, own.shape[1] - said.shape[1])))  # no longer than questions, if shorter
     told = None if rows.caption is None else shards.counted(f"captions.{rows.caption}")
     caption = np.zeros(len(shards), np.int64) if told is None else np.asarray(told, np.int64)[:, 0]
     row, trunk, branch = _beyond(shards, rows, own, caption)

@@ -50,6 +50,15 @@ def test_dry_run_of_an_evaluation_runs_nothing(capsys, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_checkpoint_needs_nothing_that_training_began_with(capsys, tmp_path):
+    gone = [f"eval.shards={tmp_path / 'none'}", "model.projection_from=gone.pth"]
+    assert evaluate_main(["--recipe", "video_llama.debug", "--checkpoint", str(tmp_path), "--dry-run", *gone]) == 0
+    model = json.loads(capsys.readouterr().out)["config"]["model"]
+    assert (model["init_from"], model["projection_from"]) == (None, None)
+    assert evaluate_main(["--recipe", "video_llama.debug", "--untrained", gone[1]]) == 2
+    assert "model.projection_from=gone.pth" in capsys.readouterr().err
+
+
 def test_help_all_lists_every_field_with_its_meaning(capsys):
     assert train_main(["--recipe", "vit_llama.ssv2_s_llama", "--help-all"]) == 0
     page = capsys.readouterr().out

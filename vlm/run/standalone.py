@@ -12,7 +12,7 @@ from vlm.distributed import World, barrier, from_main
 from vlm.models.system import System
 from vlm.models.trained import other_rows
 from vlm.nn.attention import choose_attention
-from vlm.recipe import Recipe, check_inputs
+from vlm.recipe import Recipe, as_continued, check_inputs
 from vlm.run import checkpoint, evaluate, record
 from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
@@ -24,7 +24,9 @@ class Replica:
     """A whole model on each process: what evaluation needs of an engine."""
 
     def __init__(self, model: System, world: World, dtype: torch.dtype) -> None:
-        self.model = self.deepspeed = model.to(world.device, dtype)
+        # fp32 is what trains; what is frozen stays as it is stored, and is not made twice as large
+        placed = model.to(world.device) if dtype == torch.float32 else model.to(world.device, dtype)
+        self.model = self.deepspeed = placed
 
 
 def evaluate_checkpoint(
@@ -39,6 +41,8 @@ def evaluate_checkpoint(
         UserError: no test in the recipe; the checkpoint is damaged, absent or does not fit; `recipe.run_dir` holds a
             training run or another evaluation.
     """
+    if source is not None:
+        recipe = as_continued(recipe)
     if recipe.eval is None:
         raise UserError(f"{name} has no test (eval is none); evaluate a recipe that fine-tunes from it")
     check_inputs(recipe)

@@ -332,6 +332,14 @@ def test_inputs_that_do_not_fit(settings: dict[str, Any], match: str) -> None:
         s.video_llama_config().check_inputs(inputs(**settings))
 
 
+def test_rows_that_no_word_has() -> None:
+    """Ziya: 39,410 words, padded to 39,424 rows. Another LLaMA's 32,000 words are still refused there."""
+    config, path = s.video_llama_config(llama=s.llama(vocab_size=39_424)), Path(__file__)
+    config.check_frames_and_words(inputs(tokenizer=path, vocab_size=39_410), 39_424, path, "model.llama.path")
+    with pytest.raises(UserError, match="another model's"):
+        config.check_frames_and_words(inputs(tokenizer=path, vocab_size=32_000), 39_424, path, "model.llama.path")
+
+
 def test_pixels_need_a_tower() -> None:
     s.video_llama_config(tower=None).check_inputs(inputs(source="features"))
     with pytest.raises(UserError, match=r"inputs\.source=features"):

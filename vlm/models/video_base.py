@@ -107,7 +107,8 @@ class VideoConfig:
             )
 
 
-_UNUSED_WORDS = 8  # rows of an embedding that no word has: OPT's 7 (padding to 50272), Vicuna v0's [PAD]
+# Most rows of an embedding that no word has: padding to a multiple of 64 (Ziya's 14, to 39424; OPT's 7, to 50272).
+_UNUSED_WORDS = 63
 
 
 class VideoSystem(CausalSystem):

@@ -51,6 +51,7 @@ from vlm.weights import state_hash
 DEMO, CLIP, TOWER = "demo", "clip-vit-l14", "eva-qformer"
 CLIP_FOLDER = "pretrained/clip-vit-large-patch14"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TOWER_SIZES = ("dim=", "layers=", "query_dim=", "query_layers=")  # who states them wants no published weights
 _STARTED_TOGETHER = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
@@ -224,6 +225,12 @@ def _open_tower(options: argparse.Namespace, shards: ShardSet | None) -> Chosen:
             raise UserError(f"--recipe {options.recipe} has no model.tower: give the tower with --tower path=…")
         config, frames, name = tower, found.inputs.num_frames, found.inputs.features
         size = found.inputs.size
+    if not options.recipe and not any(field.startswith(("path=", *_TOWER_SIZES)) for field in options.tower):
+        raise UserError(
+            f"--encoder {TOWER}: neither --recipe NAME nor --tower path=FILE is given, so its weights would be random "
+            "and the features worth nothing. Give the files: --tower path=blip2_pretrained_flant5xxl.pth "
+            "vision_path=eva_vit_g.pth"
+        )
     config = override(config, options.tower)
     if options.precision:
         config = override(config, [f"dtype={options.precision}"])

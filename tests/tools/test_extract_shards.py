@@ -364,6 +364,13 @@ def test_published_folders_beside_any_source(place: Path, tmp_path: Path) -> Non
     ]
 
 
+def test_a_tower_without_weights_is_refused(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shards", str(place / "shards"), "--out", str(tmp_path / "out"), "--encoder", "eva-qformer"]
+    for more in ([], ["--tower", "dtype=bfloat16"]):
+        assert extract_features.main([*arguments, *more]) == 2
+        assert "neither --recipe NAME nor --tower path=FILE is given" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

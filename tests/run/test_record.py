@@ -171,3 +171,20 @@ def test_an_evaluation_can_be_repeated_but_not_mixed_with_another(tmp_path, caps
 def test_one_switch_decides_the_precision():
     assert record.precision({}) == record.precision({"bf16": {"enabled": False}}) == torch.float32
     assert record.precision({"bf16": {"enabled": True}}) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["model.projection_from", "model.tower.path", "model.tower.vision_path", "model.llama.path", "model.opt.path"],
+)
+def test_weights_may_lie_elsewhere(place):
+    """What they are is compared by hash when a checkpoint is loaded."""
+    for free in (record.MAY_CHANGE, record.NOT_EVALUATED):
+        assert record._within(f"{place}: a -> b", free)
+        assert not record._within(f"{place.rpartition('.')[0]}.dtype: a -> b", free)
+
+
+def test_a_run_goes_on_with_towers_weights_elsewhere(tmp_path):
+    begin(launch(tmp_path / "run", "model.tower.path=a.pth", name="video_llama.debug"))
+    moved = launch(tmp_path / "run", "model.tower.path=b.pth", name="video_llama.debug")
+    assert record.open_training(moved, "fingerprint")[0]

@@ -31,6 +31,11 @@ from vlm.types import UserError
 
 NAME = "recipe.json"
 
+# Where weights are read from.
+WEIGHT_PLACES = (
+    *("model.init_from", "model.projection_from"),
+    *("model.llama.path", "model.opt.path", "model.tower.path", "model.tower.vision_path"),
+)
 # What may differ between a run and its continuation without changing its course.
 MAY_CHANGE = (
     "run_dir",
@@ -47,14 +52,14 @@ MAY_CHANGE = (
     # weights), and what trains comes from the checkpoint.
     "data.shards",
     "inputs.tokenizer",
-    "model.init_from",
-    "model.llama.path",
+    *WEIGHT_PLACES,
 )
 # What decides the results of an evaluation.
 EVALUATED = ("model", "inputs", "eval", "seed")
 NOT_EVALUATED = (
     *("eval.workers", "eval.batch_size", "eval.at_start", "eval.at_end", "eval.every", "eval.metric"),
-    *("model.init_from", "model.llama.path", "inputs.tokenizer"),
+    *WEIGHT_PLACES,
+    "inputs.tokenizer",
 )
 
 

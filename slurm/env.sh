@@ -13,6 +13,7 @@ if [[ -z ${MASTER_PORT:-} ]]; then
     sum=$(printf '%s' "$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}" | cksum | cut -d ' ' -f 1)
     export MASTER_PORT=$((15000 + sum % 15000)) # below the ports that systems give away
 fi
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun of Slurm from 22.05 on does not take it from the job
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # The interface of this node that leads to the first: the one with the address itself, on the first.

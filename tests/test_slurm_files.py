@@ -25,7 +25,7 @@ echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=127.0.0.1 NodeHostName=host Ve
 """
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$@"
-env | grep -E '^(MASTER_|OMP_NUM|NCCL_SOCKET|GLOO_SOCKET)' | sort
+env | grep -E '^(MASTER_|OMP_NUM|SRUN_CPUS|NCCL_SOCKET|GLOO_SOCKET)' | sort
 """
 
 
@@ -85,6 +85,27 @@ def submit(place: Path, job: str, *arguments: str, **variables: str) -> tuple[li
         ),
         (
             "evaluate",
+            ("eval.batch_size=4",),
+            "launch/evaluate.py --recipe video_llama.finetune --checkpoint runs/video_llama/finetune "
+            "run_dir=runs/video_llama/finetune_test eval.batch_size=4",
+        ),
+        (
+            "evaluate",
+            ("video_llama.gebc_opt13b", "run_dir=x"),
+            "launch/evaluate.py --recipe video_llama.gebc_opt13b --checkpoint runs/video_llama/gebc_opt13b run_dir=x",
+        ),
+        (
+            "evaluate",
+            ("video_llama.finetune", "--untrained", "run_dir=x"),
+            "launch/evaluate.py --recipe video_llama.finetune --untrained run_dir=x",
+        ),
+        (
+            "evaluate",
+            ("vico.star", "--checkpoint=c"),
+            "launch/evaluate.py --recipe vico.star --checkpoint=c",
+        ),
+        (
+            "evaluate",
             ("vico.star", "--checkpoint", "a b"),
             "launch/evaluate.py --recipe vico.star --checkpoint a b",
         ),
@@ -109,7 +130,7 @@ def test_where_tasks_meet(place: Path) -> None:
     assert first == again, "the same for every task of a job"
     assert first["MASTER_ADDR"] == "127.0.0.1"
     assert 15000 <= int(first["MASTER_PORT"]) < 30000
-    assert first["OMP_NUM_THREADS"] == "3"
+    assert first["OMP_NUM_THREADS"] == first["SRUN_CPUS_PER_TASK"] == "3"
     if shutil.which("ip"):
         assert first["GLOO_SOCKET_IFNAME"] == first["NCCL_SOCKET_IFNAME"] == "lo", "the interface of that address"
     ports = {submit(place, "pretrain", SLURM_JOB_ID=str(job))[1]["MASTER_PORT"] for job in range(42, 48)}

@@ -37,6 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     try:
+        if args.submission is not None and args.check:
+            raise UserError(
+                "--check only compares and writes nothing, --submission writes a file: leave one of them out"
+            )
         if args.submission is not None:
             submit(args.run, args.submission, args.boundaries)
         elif args.boundaries is not None:

@@ -63,6 +63,10 @@ def test_what_is_there_already_is_not_lost(tmp_path: Path) -> None:
         opened.writestr("thesis.tex", "x")
     with pytest.raises(UserError, match=r"holds thesis\.tex"):
         add({}, TEST, file)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr(TEST, bytes((64 << 20) + 1))
+    with pytest.raises(UserError, match=r"submit_test\.pkl is 67,108,865 bytes"):
+        add({}, VALIDATION, file)
     with pytest.raises(UserError, match="cannot be written"):
         add({}, TEST, tmp_path / "no" / "folder.zip")
 

@@ -77,6 +77,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for arguments, message in (
         ([run, *submit, "--boundaries", truth], "boundary 't1_0' is not in the split's annotation"),
         ([run, *submit, "--boundaries", str(damaged)], "is not a list of boundaries"),
+        ([run, *submit, "--check"], "--check only compares"),
         ([run, "--boundaries", truth], "--boundaries is what --submission is to hold"),
         ([str(scores), *submit], "its predictions are no texts"),
     ):

@@ -18,6 +18,8 @@ from vlm.types import UserError, Writing
 
 NAMES = dict(zip(GEBC_KINDS, ("Subject", "Status_Before", "Status_After"), strict=True))
 VALIDATION, TEST = "submit_val.pkl", "submit_test.pkl"
+MOST_BYTES = 64 << 20
+"""Of one part, unpacked: the challenge's splits are a few MB each."""
 
 Submission = dict[str, dict[str, str]]
 
@@ -79,13 +81,19 @@ def add(texts: Submission, name: str, file: Path) -> list[str]:
 def _parts(file: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(file) as opened:
-            parts = {name: opened.read(name) for name in opened.namelist()}
+            others = sorted({*opened.namelist()} - {VALIDATION, TEST})
+            if others:
+                named = ", ".join(others[:5]) + (" …" if len(others) > 5 else "")
+                raise UserError(f"{file}: holds {named}, so it is no submission; name another file")
+            for about in opened.infolist():  # looked at before anything is unpacked
+                if about.file_size > MOST_BYTES:
+                    raise UserError(
+                        f"{file}: {about.filename} is {about.file_size:,} bytes, but a split's texts are at most "
+                        f"{MOST_BYTES:,}, so it is no submission; name another file"
+                    )
+            return {name: opened.read(name) for name in opened.namelist()}
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{file}: is there, but is no zip that a split could be added to ({error})") from error
-    others = sorted(parts.keys() - {VALIDATION, TEST})
-    if others:
-        raise UserError(f"{file}: holds {', '.join(others)}, so it is no submission; name another file")
-    return parts
 
 
 def _zip(parts: dict[str, bytes]) -> bytes:

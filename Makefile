@@ -12,7 +12,7 @@ DATA ?= data/demo
 RUNS ?= runs/demo
 # More arguments for pytest: make test PYTEST_ARGS='-k shards -x'
 PYTEST_ARGS ?=
-# More arguments for the benchmark: make bench BENCH_ARGS='--quick --json figures.json'
+# More arguments for the benchmarks, which add their figures to the same file: make bench BENCH_ARGS='--quick --json figures.json'
 BENCH_ARGS ?=
 
 # A process a core: the threads of several processes on few cores only wait for each other.
@@ -23,7 +23,7 @@ help:
 	@echo "make demo         render a corpus, train, evaluate, report (SYSTEM=vit_llama)"
 	@echo "make test         lint and the fast tests"
 	@echo "make test-slow    the rest: the demo for real, kill and resume, offload"
-	@echo "make bench        our training and scoring, our loading, against others' ways (BENCH_ARGS='--quick --json FILE')"
+	@echo "make bench        our training, scoring and loading against others' ways; clips encoded again (BENCH_ARGS='--quick --json FILE')"
 	@echo "make lint         ruff and mypy"
 
 env:
@@ -47,3 +47,4 @@ bench: env
 	.venv/bin/python bench/vqa.py $(BENCH_ARGS)
 	.venv/bin/python bench/data.py $(BENCH_ARGS)
 	.venv/bin/python bench/video_llama.py $(BENCH_ARGS)
+	.venv/bin/python bench/reencode.py $(BENCH_ARGS)

@@ -8,12 +8,13 @@ their ratio the median over the turns with its 95 % bootstrap interval. Against
 
     limit        the bare loop: bytes from the tar, the same frames by the same decoder, the same resize, to uint8
     finished     ours with what the model does to pixels (normalising, erasing, mixing) done in the same process
-    webdataset   plain webdataset and decord, the same pixels
+    webdataset   plain webdataset and decord, the same pixels by the same resize, finished: normalised float32
     litdata, energon    the same, where they are installed (in FOLDER, say, by pip install --target)
     each_view    a loader built as VideoMAE's is (rival_loaders.py): training with full augmentation, six-view test
 
 and what else a loader must be good at: `bytes_read` over bytes needed, what a clip that breaks off costs, the first
-batch of a set of 10,000 shards, resident memory over many samples. Exits with 1 where a rival's pixels differ.
+batch of a set of 10,000 shards in a process of its own, resident memory over many samples. Exits with 1 where a
+rival's pixels differ.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from data_loaders import (
     pixels,
 )
 from data_more import Undecoded, bytes_over_needed, cost_of_poison, first_batch, memory_slope
+from figures import add_figures
 from turns import ratio, take_turns
 
 from vlm.data.clips import IMAGENET_STD
@@ -87,7 +89,8 @@ def compare(
                     f"{key}_wall": round(walls.median, 3)}  # fmt: skip
         if name not in (finished, "limit"):
             whole = ratio([turn.cpu for turn in spent[name]], [turn.cpu for turn in spent[finished]])
-            results[f"{key}_over_finished"] = round(whole.median, 3)
+            results |= {f"{key}_over_finished": round(whole.median, 3),
+                        f"{key}_over_finished_interval": [round(whole.low, 3), round(whole.high, 3)]}  # fmt: skip
         aim = f", aim {TARGETS[key]:g}" if key in TARGETS else ""
         print(
             f"{key:16} {found.median:6.2f} x [{found.low:.2f}, {found.high:.2f}]{aim}: "
@@ -260,9 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-data-") as scratch:
         results = measure(size, clips, Path(scratch), chosen.only)
     if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(chosen.json.read_text()) if chosen.json.exists() else {}
-        chosen.json.write_text(json.dumps(before | results, indent=1) + "\n")
+        add_figures(chosen.json, results)
     print(json.dumps(results))
     for kind, most in TOLERANCE.items():
         if results.get(f"max_pixel_diff_{kind}", 0.0) > most:

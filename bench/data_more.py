@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from data_clips import Corpus, make_vast, poison
 from data_loaders import BATCH, SEED, Size, our_training, train_loader
 from turns import Spent
@@ -17,7 +21,7 @@ from vlm.data.clips import ClipConfig
 from vlm.data.rng import SampleRng
 from vlm.data.shards import ShardSet
 from vlm.data.stream import Source, Stream
-from vlm.data.worker_process import own_memory
+from vlm.data.worker_process import keep_memory, own_memory
 from vlm.types import Batch, Example, Record, Visit
 
 
@@ -59,18 +63,29 @@ def cost_of_poison(corpus: Corpus, size: Size, scratch: Path) -> dict[str, Any]:
 
 
 def first_batch(corpus: Corpus, size: Size, scratch: Path) -> tuple[dict[str, Any], ShardSet]:
-    """Wall seconds from nothing but a path to the first batch of a vast set, and that set."""
+    """Wall seconds from nothing but a path to the first batch of a vast set, and that set.
+
+    Each by a process of its own, in which nothing was loaded before: this one may have a nursery of workers already.
+    Its imports do not count.
+    """
     folder = make_vast(scratch / "vast", corpus.files[0], size.vast_shards, size.vast_rows)
     results: dict[str, Any] = {}
     for workers in sorted({0, size.workers}):
-        cpu, wall = time.process_time(), time.perf_counter()
-        shards = ShardSet(folder)
-        next(our_training(shards, size.plain(), BATCH, workers))
-        took = Spent(time.process_time() - cpu, time.perf_counter() - wall)
+        command = [sys.executable, __file__, str(folder), str(size.side), str(workers)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        took = Spent(*json.loads(done.stdout))
         results |= {f"first_batch_{workers}": round(took.wall, 3), f"first_batch_{workers}_cpu": round(took.cpu, 3)}
         print(f"{'first batch':16} {took.wall:6.2f} s by the clock ({took.cpu:.2f} s of CPU) from {size.vast_shards:,} "
               f"shards with {workers} processes, aim at most 2 s", flush=True)  # fmt: skip
-    return results, shards
+    return results, ShardSet(folder)
+
+
+def first_batch_here(folder: Path, side: int, workers: int) -> Spent:
+    """What the first batch of a set costs in this process."""
+    config = Size(side=side).plain()
+    cpu, wall = time.process_time(), time.perf_counter()
+    next(our_training(ShardSet(folder), config, BATCH, workers))
+    return Spent(time.process_time() - cpu, time.perf_counter() - wall)
 
 
 class Undecoded:
@@ -117,3 +132,9 @@ def memory_slope(name: str, shards: ShardSet, pipeline: Any, samples: int, batch
     )
     return {f"memory_slope_{name}": round(slope, 2), f"memory_samples_{name}": steps * batch,
             f"memory_grown_mib_{name}": round(grown, 2), f"cpu_{name}": round(cpu, 7)}  # fmt: skip
+
+
+if __name__ == "__main__":  # python bench/data_more.py FOLDER SIDE WORKERS: `first_batch` calls it
+    torch.set_num_threads(1)
+    keep_memory()
+    print(json.dumps(first_batch_here(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

@@ -1,6 +1,6 @@
 """What encoding clips again saves when frames are read, and what it costs in bytes and in pixels.
 
-    python bench/reencode.py [--quick] [--json FILE]
+    python bench/reencode.py [--quick] [--json FILE]       (also in: make bench)
 
 Sixteen evenly spaced frames of each clip are decoded before and after, by turns, by the decoders that the index would
 name (`vlm/data/video.py`), in CPU seconds of one process. The clips are those of VLM_REALDATA (default
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from figures import add_figures
 from PIL import Image
 
 from vlm.data.shard_reencode import Reencode, is_still, reencode
@@ -170,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="five short clips and two settings")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here under the name reencode")
     chosen = parser.parse_args(arguments)
     clips = find_clips(chosen.quick)
     settings = dict(list(SETTINGS.items())[:2]) if chosen.quick else SETTINGS
@@ -187,8 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                       f"{row.bytes_after / row.bytes_before:6.2f} bytes  {about}, {clip.decoders[0]}: {row.name}",
                       flush=True)  # fmt: skip
     if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
+        add_figures(chosen.json, figures, under="reencode")
     print(json.dumps({name: value for name, value in figures.items() if name != "clips"}))
     return 0
 

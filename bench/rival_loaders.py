@@ -41,7 +41,7 @@ def open_video(video: bytes | memoryview | Path) -> Any:
 
 
 class PlainClip:
-    """Encoded video -> a clip without augmentation: one frame a segment, the whole frame resized, normalised."""
+    """Encoded video -> a clip without augmentation: one frame a segment, wholly resized, as ours, and normalised."""
 
     def __init__(self, config: ClipConfig) -> None:
         self.config = config
@@ -50,7 +50,8 @@ class PlainClip:
         config, reader = self.config, open_video(video)
         frames = reader.get_batch(sampling.segment_frames(len(reader), config.num_frames, generator)).asnumpy()
         box = tf.fallback_crop(*tf.frame_size(frames), config.crop_ratio)
-        return tf.normalize(tf.resize_video(tf.to_video(tf.crop(frames, box)), config.size), config.mean, config.std)
+        frames = tf.resize_frames(tf.crop(frames, box), config.size)
+        return tf.normalize(tf.to_video(frames), config.mean, config.std)
 
 
 class _FromSample:

@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from figures import add_figures
 from rival_video_llama import Padded, Rival, pad
 from torch import Tensor
 
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="few steps: a minute, rougher figures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here under the name video_llama")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--memory-of", nargs=2, metavar=("KIND", "WAY"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -267,8 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     results = measure(Size(), steps=2 if chosen.quick else 8, threads=chosen.threads)
     if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(results, indent=1) + "\n")
+        add_figures(chosen.json, results, under="video_llama")
     print(json.dumps(results))
     if results["max_loss_diff"] > TOLERANCE:
         print("the ways do not compute the same", file=sys.stderr)

@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from figures import add_figures
 from lengths import LEAD, LEARNT, Question, draw, read
 from rival_vqa import PADDING, Rival
 from torch import Tensor
@@ -289,14 +290,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="few steps and videos: a minute or two, rougher figures")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, beside those of others")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     results = measure(Size(), quick=chosen.quick)
     if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(results, indent=1) + "\n")
+        add_figures(chosen.json, results)
     print(json.dumps(results))
     same = results["argmin_equal"] and max(results["max_loss_diff"], results["max_score_diff"]) <= TOLERANCE
     if not same:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from vlm.data.clips import ClipConfig
+from vlm.data.rng import SampleRng
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -95,8 +96,18 @@ def test_webdataset_has_our_batches_and_those_missing_are_named(
 ) -> None:  # fmt: skip
     tars = [Path(corpus.shards.path) / name for name in corpus.shards.shard_names]
     config: ClipConfig = small.plain()
-    batch = next(bench.rival_loaders.webdataset_batches(tars, config, bench.BATCH, 0))
-    assert (batch.shape, batch.dtype) == ((4, 3, 16, 32, 32), torch.float32)
+    rng = SampleRng(0)
+    rng.numpy = np.random.RandomState(0)  # the rival's
+    theirs = bench.rival_loaders.webdataset_batches(tars, config, bench.BATCH, 0)
+    for first in range(0, len(corpus.shards), bench.BATCH):
+        records = [corpus.shards.read(row) for row in range(first, first + bench.BATCH)]
+        batch = config.collate([example for record in records for example in config.train(record, rng)], rng)
+        assert batch.video is not None
+        assert batch.video.dtype == torch.uint8
+        mine, its = bench.pixels(batch), next(theirs)
+        assert mine.shape == its.shape == (4, 3, 16, 32, 32)
+        assert its.dtype == torch.float32
+        assert torch.equal(mine, its)
     monkeypatch.setitem(sys.modules, "litdata", None)
     monkeypatch.setitem(sys.modules, "megatron.energon", None)
     monkeypatch.setitem(sys.modules, "megatron", None)
@@ -104,7 +115,9 @@ def test_webdataset_has_our_batches_and_those_missing_are_named(
     assert set(results["skipped"]) == {"litdata", "energon"}
     assert "litdata          skipped: litdata cannot be imported" in capsys.readouterr().out
     assert {"limit_train", "limit_test", "webdataset", "webdataset_interval", "webdataset_wall"} <= set(results)
-    assert {"finished_train", "finished_test", "webdataset_over_finished"} <= set(results)
+    assert {"finished_train", "finished_test", "webdataset_over_finished", "webdataset_over_finished_interval"} <= set(
+        results
+    )
 
 
 def test_turns_and_ratio(bench: ModuleType) -> None:

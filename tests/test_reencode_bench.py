@@ -52,8 +52,11 @@ def test_runs_without_real_clips(
     monkeypatch.setenv("VLM_REALDATA", str(tmp_path / "nowhere"))
     draw = bench.draw
     monkeypatch.setattr(bench, "draw", lambda width, height: draw(width // 8 * 2, height // 8 * 2, frames=40))
+    (tmp_path / "figures.json").write_text('{"score": 3}')
     assert bench.main(["--quick", "--json", str(tmp_path / "figures.json")]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["score"] == 3
+    figures = figures["reencode"]
     assert figures["default"]["clips"] == 2
     assert [row["name"] for row in figures["clips"]] == ["drawn 854x480", "drawn 320x240"]
     assert "gop 4" in capsys.readouterr().out

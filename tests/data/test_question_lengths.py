@@ -121,6 +121,21 @@ def test_counts_of_the_index(shards: ShardSet) -> None:
     assert shards.tokenizer_hash is not None
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_damaged_record_is_not_measured(tmp_path: Path, counted: bool) -> None:
+    tokenizer = TOKENIZER if counted else None
+    write_shards(samples(20), tmp_path / "shards", arguments={}, check=False, tokenizer=tokenizer)
+    shards = ShardSet(tmp_path / "shards")
+    config = QuestionConfig(tokenizer=TOKENIZER, use_video=False, max_length=1000)
+    whole = config.lengths(shards)
+    with (shards.path / shards.shard_name(0)).open("r+b") as file:
+        file.seek(int(shards.index["offset"][0]))
+        file.write(b"\xff" * 512)
+    damaged = config.lengths(ShardSet(shards.path))
+    assert len(damaged) == len(whole)
+    assert abs(damaged - whole).max() <= (2 if counted else 60)
+
+
 def test_no_records_that_can_be_measured(shards: ShardSet) -> None:
     about = Rows(
         read=lambda record: [], prompt=50, most=400, shared=False, caption=None, dialogue=False,

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from vlm.data.dialogue_lengths import dialogue_lengths
+from vlm.data.dialogue_lengths import Length, dialogue_lengths, times
 from vlm.data.dialogue_records import is_text, text_alone, turns_of
 from vlm.data.features import tensor_members
 from vlm.data.frames import CLIP_COLOURS, Look, Sampling, sample, seconds_of, see
@@ -51,7 +51,6 @@ IMAGE_LINES = (
     f"{PLACE} Could you describe the contents of this image for me?",
 )
 """What the second stage of Video-LLaMA asks for captions of images with (after MiniGPT-4, arXiv 2304.10592)."""
-_MESSAGE = 64  # tokens of what is told of frames
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,17 +143,22 @@ class DialogueConfig:
         """A record is one sample."""
 
     def lengths(self, shards: ShardSet) -> np.ndarray:
-        """(records,) tokens that each record's rows are expected to have (vlm.data.dialogue_lengths)."""
+        """(records,) tokens that each record's rows are expected to have, in all views (vlm.data.dialogue_lengths)."""
+        line = max(self.prompts, key=lambda prompt: len(self._encode((Text(prompt),)).ids), default=None)
+        lines = () if line is None else (line,)
+        whole = replace(self, prompts=lines, max_caption_length=1 << 30, max_length=1 << 30)
+        most = {"caption": self.max_caption_length, "conversations": self.max_length}
+        return dialogue_lengths(shards, self.tokenizer, whole._measure, most)
 
-        def measure(record: Record) -> int | None:
-            try:
-                rows = self._rows(record, VIEWS, Media(is_image=True), SampleRng(0), {})
-            except (DecodeError, UserError):
-                return None
-            return sum(len(row.ids) for several in rows.values() for row in several)
-
-        around = self.num_video_tokens + (_MESSAGE if self.frames_message else 0)
-        return dialogue_lengths(shards, self.tokenizer, measure, around)
+    def _measure(self, record: Record) -> dict[str, Length]:
+        media = None if is_text(record) else self._media(self._is_image(record), *times(record, self.num_frames))
+        lead = caption_lead(self._line(None), self.template, self._system, media or Media())
+        before = {"caption": len(self._encode(lead).ids), "dialogue": 0}
+        try:
+            rows = self._rows(record, VIEWS, media, SampleRng(0), {})
+        except (DecodeError, UserError):
+            return {}
+        return {_FIELDS[view]: Length(before[view], len(row.ids) - before[view]) for view, (row,) in rows.items()}
 
     def train(self, record: Record, rng: SampleRng, visit: Visit) -> list[Example]:
         """The rows of a record in the views that the recipe weighs.

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlm.data.measured import measured
 from vlm.data.packing import share_prefixes
 from vlm.data.shards import ShardSet
 from vlm.data.stream import text_lengths
 from vlm.types import Record, Row
-
-MEASURED = 32
-"""Records, evenly spread, whose rows are made to know what a prompt adds to the counts of the index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +31,7 @@ def question_lengths(shards: ShardSet, rows: Rows) -> np.ndarray:
     """(samples,) tokens of each sample.
 
     Where the recipe's tokenizer counted the tokens of each question (make_shards --tokenizer): these, those of its
-    dialogue and caption, and as many for the prompt as `MEASURED` records' rows have at most: right to a few tokens.
+    dialogue and caption, and as many for the prompt as rows of `measured` records have at most: right to a few tokens.
     Else an estimate on the safe side, which fills packs far worse: the record's text, of which each of its questions
     has an equal part, times the most tokens that a part of such length became in those records.
     """
@@ -58,8 +56,8 @@ def _beyond(shards: ShardSet, rows: Rows, own: np.ndarray, caption: np.ndarray) 
     whole: list[int] = []
     trunks: list[int] = []
     branches: list[int] = []
-    for number in _spread(len(shards)):
-        made = rows.read(shards.read(number, ()))
+    for record in measured(shards):
+        number, made = record.row, rows.read(record)
         whole += [len(row.ids) - int(own[number, at] + caption[number]) for at, row in enumerate(made)]
         if len(made) > 1:
             (trunk, *rest), _ = share_prefixes(made, learnt=False)
@@ -75,18 +73,13 @@ def _estimated(shards: ShardSet, rows: Rows) -> np.ndarray:
     if not rows.shared:
         text = text / np.maximum(counts, 1)
     rate = 0.0
-    for number in _spread(len(shards)):
-        made = rows.read(shards.read(number, ()))
+    for record in measured(shards):
+        made = rows.read(record)
         if made and rows.shared:
             made, _ = share_prefixes(made, learnt=False)
             longest = sum(len(row.ids) for row in made)
         else:
             longest = max((len(row.ids) for row in made), default=0)
-        rate = max(rate, (longest - rows.prompt) / text[number])
+        rate = max(rate, (longest - rows.prompt) / text[record.row])
     lengths = rows.prompt + np.ceil(rate * text).astype(np.int64)
     return lengths if rows.shared else np.repeat(np.minimum(lengths, rows.most), counts)
-
-
-def _spread(records: int) -> list[int]:
-    """`MEASURED` rows of the index, evenly spread."""
-    return np.unique(np.linspace(0, records - 1, MEASURED).astype(int)).tolist()

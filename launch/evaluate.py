@@ -5,8 +5,6 @@
 """
 
 if __name__ == "__main__":  # loader processes import this file again: it must do nothing for them
-    import sys
+    from vlm.run.command import evaluate_main, finish
 
-    from vlm.run.command import evaluate_main
-
-    sys.exit(evaluate_main())
+    finish(evaluate_main())

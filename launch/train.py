@@ -6,8 +6,6 @@ The same command again continues the run from its last checkpoint.
 """
 
 if __name__ == "__main__":  # loader processes import this file again: it must do nothing for them
-    import sys
+    from vlm.run.command import finish, train_main
 
-    from vlm.run.command import train_main
-
-    sys.exit(train_main())
+    finish(train_main())

@@ -17,7 +17,7 @@ import torch
 import vamos_worker as w
 
 from vlm.data.loader import MicroBatch, plan_step
-from vlm.distributed import join, leave, share_object
+from vlm.distributed import end, join, share_object
 from vlm.run import checkpoint, zero_state
 from vlm.run.audit import Audit
 from vlm.run.engine import Engine, derive
@@ -95,7 +95,7 @@ def main(stages: list[str]) -> None:
         results = {stage: run(stage, world, folder) for stage in stages}
         if world.is_main:
             print("RESULT " + json.dumps(results), flush=True)
-        leave()
+    end()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from vlm.data.loader import MicroBatch, plan_step
 from vlm.data.packing import Row, pack
-from vlm.distributed import join, leave, share_object
+from vlm.distributed import end, join, share_object
 from vlm.models.llmva import Llmva, LlmvaConfig
 from vlm.models.opt_base import OptBaseConfig
 from vlm.nn.qformer import QFormerConfig
@@ -123,7 +123,7 @@ def main(stages: list[str]) -> None:
         results = {stage: run(stage, world, folder) for stage in stages}
         if world.is_main:
             print("RESULT " + json.dumps(results), flush=True)
-        leave()
+    end()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import sys
 import time
@@ -30,7 +29,7 @@ from vlm.data.frames import CLIP_COLOURS
 from vlm.data.loader import MicroBatch
 from vlm.data.packing import Row, pack
 from vlm.data.questions import QuestionConfig
-from vlm.distributed import World, join, leave
+from vlm.distributed import World, end, join
 from vlm.models.causal import CausalSystem
 from vlm.models.eva import TowerConfig
 from vlm.models.llama_base import LlamaBaseConfig
@@ -368,10 +367,7 @@ def main(stages: Sequence[int], system: str, runs: dict[str, Sequence[Pattern]])
             )
     if world.is_main:
         print("RESULT " + json.dumps(results), flush=True)
-    leave()
-    # ZeRO-3's parameters keep the group and so gloo's threads alive, which in one of some forty runs abort the process
-    # when the interpreter ends ("terminate called without an active exception"); all that is tested is over by then
-    os._exit(0)
+    end()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import nn
 from vlm.data.loader import MicroBatch, plan_step
 from vlm.data.packing import Row, pack
 from vlm.data.questions import QuestionConfig
-from vlm.distributed import join, leave, share_object
+from vlm.distributed import end, join, share_object
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.vamos import Vamos, llama_vqa
 from vlm.recipe import OptimConfig, Recipe, TrainData
@@ -125,7 +125,7 @@ def main(stages: list[str]) -> None:
         results = {stage: run(stage, world, folder) for stage in stages}
         if world.is_main:
             print("RESULT " + json.dumps(results), flush=True)
-        leave()
+    end()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from tests.encoded import encode, pictures
 from vlm.data.dialogues import DialogueConfig
 from vlm.data.shards import write_shards
-from vlm.distributed import World, join, leave
+from vlm.distributed import World, end, join
 from vlm.models.generation_config import GenerationConfig
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.video_llama import VideoLlamaConfig
@@ -122,7 +122,7 @@ def main(path: Path, folder: Path, stage: int) -> None:
     for name, way in WAYS.items():
         settings = recipe(path, folder / name, **way)
         evaluate.run(settings, engine, world, settings.run_dir, lambda text: print(text, flush=True))
-    leave()
+    end()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from vlm.config import override
 from vlm.data.loader import MicroBatch, plan_step
-from vlm.distributed import join, leave
+from vlm.distributed import end, join
 from vlm.recipe import load
 from vlm.run.engine import Engine, derive
 from vlm.types import Batch
@@ -58,7 +58,7 @@ def main(stages, precisions):
             results[f"{precision}/{stage}"] = losses
     if world.is_main:
         print("RESULT " + json.dumps(results), flush=True)
-    leave()
+    end()
 
 
 if __name__ == "__main__":

@@ -97,6 +97,15 @@ def evaluate_main(arguments: list[str] | None = None) -> int:
     return _guarded(_evaluate, parser, arguments)
 
 
+def finish(status: int) -> NoReturn:
+    """End the process with what `train_main` or `evaluate_main` returned."""
+    if "vlm.distributed" not in sys.modules:  # no process group was joined
+        sys.exit(status)
+    from vlm.distributed import end
+
+    end(status)
+
+
 def _guarded(job: Job, parser: _Parser, arguments: list[str] | None) -> int:
     """Run `job`; what a user can mend is printed as one message, without a traceback."""
     _quiet_warnings()

@@ -37,7 +37,9 @@ def pretrain() -> Recipe:
     """Stage 1 with Vicuna-7B v0: captions of WebVid's clips and of the images of LLaVA-CC3M-595k, 100 to 24."""
     return Recipe(
         model=VideoLlamaConfig(
-            tower=TowerConfig(path=_BLIP2 / "blip2_pretrained_flant5xxl.pth", vision_path=_BLIP2 / "eva_vit_g.pth"),
+            tower=TowerConfig(
+                path=_BLIP2 / "blip2_pretrained_flant5xxl.pth", vision_path=_BLIP2 / "eva_vit_g.pth", dtype="bfloat16"
+            ),
             llama=llama("vicuna_7b_v0", path=Path("pretrained/vicuna-7b-v0"), dtype="bfloat16"),
             projection_from=_PROJECTIONS[4096],
         ),

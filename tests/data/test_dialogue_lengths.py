@@ -14,6 +14,7 @@ from vlm.data.dialogues import IMAGE_LINES, DialogueConfig
 from vlm.data.packs import plan_packs
 from vlm.data.rng import SampleRng
 from vlm.data.shards import ShardSet, write_shards
+from vlm.data.stream import Source, Stream
 from vlm.data.templates import PLACE, Media
 from vlm.recipes import video_llama
 from vlm.types import Record, Sample
@@ -129,3 +130,17 @@ def test_estimates_are_cut_and_on_the_safe_side(tmp_path: Path) -> None:
     over = inputs.lengths(shards) - real(inputs, shards)
     assert (over >= 0).mean() > 0.9
     assert inputs.lengths(shards).max() <= 33 + inputs.max_caption_length
+
+
+def test_the_fingerprint_of_a_stream_has_its_packs(tmp_path: Path) -> None:
+    draw = np.random.default_rng(5)
+    records = [{"caption": caption(draw)} for _ in range(300)]
+    sets = [made(tmp_path / name, records, tokenizer) for name, tokenizer in (("a", TOKENIZER), ("b", None))]
+    plain, packed = (
+        [Stream([Source(shards)], 0, config(), length).fingerprint for shards in sets] for length in (None, CAPACITY)
+    )
+    assert plain == [shards.fingerprint for shards in sets]
+    assert plain[0] == plain[1]
+    assert packed[0] != packed[1]
+    assert packed[0] == Stream([Source(ShardSet(sets[0].path))], 7, config(), CAPACITY).fingerprint
+    assert all(one.partition(" packs ")[0] == plain[0] for one in packed)

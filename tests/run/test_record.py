@@ -94,6 +94,18 @@ def test_other_records_and_another_recipe_are_refused(tmp_path):
         record.open_training(launch(tmp_path / "run", name="video_mae.debug"), "fingerprint")
 
 
+def test_another_plan_of_packs_is_refused(tmp_path):
+    _, about = record.open_training(launch(tmp_path / "run"), "content packs one")
+    old = dict(about)
+    record.compare(tmp_path, old, about)
+    with pytest.raises(UserError, match=r"packs of .*: one -> two, planned .* another --tokenizer"):
+        record.compare(tmp_path, old, {**about, "shards": "content packs two"})
+    with pytest.raises(UserError, match=r"packs of .*: not known -> two"):
+        record.compare(tmp_path, {**about, "shards": "content"}, {**about, "shards": "content packs two"})
+    with pytest.raises(UserError, match=r"content of .*: content packs one -> other packs one"):
+        record.compare(tmp_path, old, {**about, "shards": "other packs one"})
+
+
 def test_a_setting_is_not_free_for_sharing_letters_with_one_that_is():
     assert record._within("eval.workers: 1 -> 2", record.MAY_CHANGE)
     assert not record._within("evaluation_x: 1 -> 2", record.MAY_CHANGE)

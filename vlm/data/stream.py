@@ -136,11 +136,19 @@ class Stream:
 
     @property
     def fingerprint(self) -> str:
-        """What the content of the sets and their weights hash to."""
+        """What the content of the sets and their weights hash to; with packs, " packs " and what their plan hashes to:
+        it follows from the lengths in the index, which other tokens counted there change and the content does not."""
         prints = [one.samples.shards.fingerprint for one in self.sets]
-        if len(prints) == 1:
-            return prints[0]
-        return hashlib.sha256(f"{prints} {self._mix.weights}".encode()).hexdigest()
+        content = prints[0]
+        if len(prints) > 1:
+            content = hashlib.sha256(f"{prints} {self._mix.weights}".encode()).hexdigest()
+        plan = hashlib.sha256()
+        for packs in (one.packs for one in self.sets):
+            if packs is None:
+                return content
+            for array in (packs.starts, packs.members):
+                plan.update(np.ascontiguousarray(array, "<i8").data)
+        return f"{content} packs {plan.hexdigest()}"
 
     def describe(self) -> str:
         """Records, samples, shares and packs in words."""

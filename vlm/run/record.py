@@ -121,7 +121,7 @@ def open_training(launch: Launch, fingerprint: str) -> tuple[Path | None, dict[s
     loaded.
 
     Args:
-        fingerprint: of the training shards.
+        fingerprint: of the training shards and their packs (`Stream.fingerprint`).
     Raises:
         UserError: on every rank; the folder holds another run or an evaluation, or no intact checkpoint.
     """
@@ -163,7 +163,7 @@ def compare(folder: Path, old: dict[str, Any], about: dict[str, Any]) -> list[st
         refused.insert(0, f"recipe: {old['recipe']} -> {about['recipe']}")
     for name, what in (("shards", about["config"]["data"]["shards"]), ("tokenizer", "the tokenizer")):
         if name in old and old[name] != about[name]:
-            refused.append(f"content of {what}: {old[name]} -> {about[name]}")
+            refused.append(_other_content(what, old[name], about[name]))
     if refused:
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(refused)}), and continuing it would mix the two: "
@@ -171,6 +171,18 @@ def compare(folder: Path, old: dict[str, Any], about: dict[str, Any]) -> list[st
         )
     machine = ("world_size", "deepspeed", "device", "attention", "starter", "git_commit", "versions")
     return settings + [text for name in machine for text in differences(old.get(name), about[name], name)]
+
+
+def _other_content(what: str, old: str | None, new: str | None) -> str:
+    """The sentence on two fingerprints that differ: of files, or of their packs alone (vlm.data.stream)."""
+    content, _, packs = (old or "").partition(" packs ")
+    now, _, packs_now = (new or "").partition(" packs ")
+    if content != now or not packs_now:
+        return f"content of {what}: {old} -> {new}"
+    return (
+        f"packs of {what}: {packs or 'not known'} -> {packs_now}, planned from the index, so these shards were made "
+        "again with another --tokenizer or without, or the run began with another version of this program"
+    )
 
 
 def open_evaluation(launch: Launch, source: Path | None) -> dict[str, Any]:

@@ -107,7 +107,12 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
         help="frames a second, not of the tower (default: as published, 1; TVQA 3; shapes 4)")  # fmt: skip
     add("--frames", type=int, default=None, metavar="N",
         help=f"of {TOWER}: frames of a video, evenly spread (default: the recipe's, 8)")  # fmt: skip
-    add("--precision", choices=_DTYPES, default=None, help="the encoder computes in (default: float32)")
+    add(
+        "--precision",
+        choices=_DTYPES,
+        default=None,
+        help="the encoder computes in (default: float32; with --recipe, its model.tower.dtype)",
+    )
     add("--dtype", choices=_DTYPES, default=None,
         help=f"the features are stored in (default: float16; {TOWER}: bfloat16)")  # fmt: skip
 

@@ -27,6 +27,13 @@ def test_frozen_weights_stay_as_they_are_stored(which):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("which", ["", "_vicuna13b", "_llama2", "_ziya", "_billa"])
+def test_published_stages_store_all_that_is_frozen_in_bf16(stage, which):
+    model = load(f"video_llama.{stage}{which}").model
+    assert (model.tower.dtype, model.llama.dtype) == ("bfloat16", "bfloat16")
+
+
 @pytest.mark.parametrize(
     "name", ["video_llama.finetune", "video_llama.pretrain", "vamos.nextqa_cap", "vit_llama.ssv2_s"]
 )

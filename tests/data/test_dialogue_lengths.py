@@ -144,3 +144,17 @@ def test_the_fingerprint_of_a_stream_has_its_packs(tmp_path: Path) -> None:
     assert packed[0] != packed[1]
     assert packed[0] == Stream([Source(ShardSet(sets[0].path))], 7, config(), CAPACITY).fingerprint
     assert all(one.partition(" packs ")[0] == plain[0] for one in packed)
+
+
+def test_one_record_of_thousands_of_turns_does_not_widen_the_index_of_all(tmp_path: Path) -> None:
+    draw = np.random.default_rng(6)
+    short = [{"conversations": turns(draw, 2), "caption": caption(draw)} for _ in range(30)]
+    long = [{"conversations": turns(draw, 33), "caption": caption(draw)} for _ in range(5)]
+    shards = made(tmp_path / "one", [*short, {"conversations": TEXT * 1500}])
+    assert shards.counted("conversations") is None
+    assert shards.counted("caption") is not None
+    assert shards.index.dtype.itemsize < 300
+    inputs = config("finetune")
+    assert (inputs.lengths(shards) >= real(inputs, shards)).mean() > 0.9, "turns are estimated, not left out"
+    for name, records in (("few", [*short, {"conversations": TEXT * 32}]), ("worth", [*short[:5], *long])):
+        assert made(tmp_path / name, records).counted("conversations") is not None

@@ -28,6 +28,7 @@ UNFINISHED = ".unfinished"  # folder of what only a running or killed writer nee
 BLOCK = 512  # tar's unit
 MAX_KEY_BYTES = 240
 MOST_PARTS = 4096  # of one kind of text in a record; where one has more, that kind is not counted by parts
+FEW_PARTS = 64  # each record may have a column of so many; more only where `worth` it
 DECODER_BITS = {"decord": 1, "pyav": 2}  # best first
 TEXTS = ("subject", "status_before", "status_after")  # of a boundary
 UNKNOWN = -1  # num_frames of a record that was not decoded
@@ -63,6 +64,12 @@ def decode_key(name: str) -> str:
 
 def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
+
+
+def worth(parts: int, records: int, real: int) -> bool:
+    """Whether a kind of text is counted by parts: the most of a record are `parts`, those of all `real`. Where a record
+    or two have very many, the index would be little but zeros, and lengths are estimated instead."""
+    return parts <= FEW_PARTS or (parts <= MOST_PARTS and parts * records <= 8 * real)
 
 
 def index_dtype(

@@ -33,6 +33,7 @@ def join(out: Path, plan: Plan) -> dict[str, Any]:
     sums: Counter[str] = Counter()
     others: set[str] = set()
     counted: dict[str, int] = {}
+    real: Counter[str] = Counter()  # parts of each kind of text in all records
     for number in range(len(plan.cuts)):
         side = json.loads(sidecar(out, number).read_bytes())
         rejected += side["rejected"]
@@ -44,10 +45,11 @@ def join(out: Path, plan: Plan) -> dict[str, Any]:
             sums.update({name: int(row.get(name, 0)) for name in ("questions", "tokens", "outside")})
             for name, parts in row.get("counted", {}).items():
                 counted[name] = max(counted.get(name, 1), len(parts))
+                real[name] += len(parts)
         others.update(member for row in side["records"] for member in row["members"])
         shards.append({"name": layout.shard_name(number), "records": len(side["records"]), "bytes": side["bytes"],
                        "sha256": side["sha256"]})  # fmt: skip
-    counted = {name: parts for name, parts in counted.items() if parts <= layout.MOST_PARTS}
+    counted = {name: parts for name, parts in counted.items() if layout.worth(parts, records, real[name])}
     if not records:
         for shard in shards:
             (out / shard["name"]).unlink(missing_ok=True)

@@ -74,7 +74,9 @@ def test_from_training_to_submission(tmp_path: Path) -> None:
     assert "18 of 18 texts have no published captions to be scored by: there are no metrics" in printed
     assert not (written / "metrics.json").exists()
     for folder in (trained, written):
-        run([str(ROOT / "tools" / "score.py"), str(folder), "--check", "--submission", str(tmp_path / "gebc.zip")])
+        score = [str(ROOT / "tools" / "score.py"), str(folder)]
+        run([*score, "--check"])
+        run([*score, "--submission", str(tmp_path / "gebc.zip")])
     with zipfile.ZipFile(tmp_path / "gebc.zip") as archive:
         parts = {name: pickle.loads(archive.read(name)) for name in archive.namelist()}
     assert sorted(parts["submit_test.pkl"]) == [f"tst{video:08d}_{n}" for video in range(3) for n in range(2)]

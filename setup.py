@@ -38,6 +38,7 @@ setup(
         "metrics": ["pycocoevalcap>=1.2,<2"],
         "remote": ["s3fs>=2024.2"],
         "quantise": ["bitsandbytes>=0.46"],
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "mpi4py>=4"],
+        "chat": ["gradio>=6,<7"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "mpi4py>=4", "gradio>=6,<7", "playwright>=1.50"],
     },
 )

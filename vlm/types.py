@@ -133,6 +133,10 @@ class Visit(NamedTuple):
     views: tuple[str, ...] = ()  # the losses that the recipe weighs
 
 
+Span = tuple[int, int, str]
+"""A stretch of a video: its first frame, counted from 0, the one after its last, and what happens there."""
+
+
 class Ask(NamedTuple):
     """One thing that a test record is asked: a row of predictions.jsonl to be."""
 
@@ -143,6 +147,8 @@ class Ask(NamedTuple):
     question: str = ""
     options: tuple[str, ...] = ()
     references: tuple[str, ...] = ()  # what people wrote, where a text is to be written
+    segments: tuple[Span, ...] = ()  # what happens when, where a video is to be segmented …
+    num_frames: int = 0  # … and how many frames it has
 
 
 class Incident(NamedTuple):
@@ -322,6 +328,25 @@ class Writing:
     id: str = ""  # as its dataset calls it
     question: str = ""  # what the language model was given beside the video
     probes: dict[str, str] = field(default_factory=dict)  # the texts under conditions that should break the model
+
+
+@dataclass(slots=True, kw_only=True)
+class Segmentation:
+    """One row of predictions.jsonl of a system that says what happens when, in words.
+
+    The text is an answer whose numbers are borders on the time axis of the model; what was read from it is in frames.
+    """
+
+    key: str
+    text: str  # as written
+    truth: list[Span]  # in order, without overlap
+    prediction: list[Span]  # what was read from the text; empty where it could not be read
+    num_frames: int  # of the video
+    problem: str = ""  # why the text could not be read
+    kind: str = ""  # activity of the video; "": there is one
+    video: str = ""  # the record that it is about
+    question: str = ""  # what the language model was given beside the video
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)  # {text, prediction, problem} under each condition
 
 
 @dataclass(slots=True, kw_only=True)

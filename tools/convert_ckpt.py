@@ -29,7 +29,19 @@ from vlm.models import gated_files, llama_files, video_llama_files
 from vlm.models.describe import describe
 from vlm.models.formats import Model, read_hf, read_pth, write_hf, write_pth
 from vlm.models.llama_facts import is_llama_folder
-from vlm.models.published import BRANCHES, FAMILIES, GATED, HAS_FROZEN, KIND_TITLES, LLAMA, SEEING, kind_of, to_ours
+from vlm.models.published import (
+    BRANCHES,
+    FAMILIES,
+    GATED,
+    HAS_FROZEN,
+    KIND_TITLES,
+    LLAMA,
+    PROJECTION,
+    SEEING,
+    TOWER,
+    kind_of,
+    to_ours,
+)
 from vlm.models.released import GENERATIONS, input_settings
 from vlm.models.settling import Compare, Request, settle
 from vlm.models.system import System
@@ -271,6 +283,22 @@ def refuse_kind(options: argparse.Namespace, model: Model) -> None:
         raise UserError(f"Meta's folder has no form for a {KIND_TITLES[model.kind]}. It holds: {KIND_TITLES[LLAMA]}.")
     if options.trained_on and model.kind not in GATED:
         raise UserError(f"--trained-on states the LLaMA under a checkpoint; this is a {KIND_TITLES[model.kind]}.")
+    for name, kinds in _MEANT_FOR.items():
+        given = getattr(options, name)
+        if given not in (None, False) and model.kind not in kinds:
+            raise UserError(
+                f"--{name.replace('_', '-')} says nothing of a {KIND_TITLES[model.kind]} ({options.source}); "
+                "leave it out."
+            )
+
+
+_MEANT_FOR = {
+    "recipe": set(KIND_TITLES) - {PROJECTION},
+    "base": set(KIND_TITLES) - {PROJECTION, TOWER},
+    "layer": set(HAS_FROZEN),
+    "keep_frozen": {*BRANCHES, TOWER},
+}
+"""Options that only some kinds of model have a use for."""
 
 
 def refuse_target(options: argparse.Namespace, target: Format) -> None:

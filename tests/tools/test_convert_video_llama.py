@@ -111,13 +111,14 @@ def test_to_ours_and_back(tmp_path: Path, name: str, bare: bool, capsys: pytest.
         torch.save(state, path)
     else:
         v.released(path, state)
-    r.convert(path, ours, "--from", family, "--to", "vlm", "--keep-frozen")
+    keep = () if name == "minigpt4" else ("--keep-frozen",)
+    r.convert(path, ours, "--from", family, "--to", "vlm", *keep)
     said = capsys.readouterr().out
     assert (
         "outputs not compared: one linear map" in said or "the published formulas and our model differ by at mo" in said
     )
     assert ("dropped nothing" in said) == bare
-    r.convert(ours, back, "--from", "vlm", "--to", family, "--keep-frozen")
+    r.convert(ours, back, "--from", "vlm", "--to", family, *keep)
     if bare:
         assert same(content(back), state)
         return
@@ -380,6 +381,22 @@ def test_minigpt4_projection_as_a_start(tmp_path: Path) -> None:
     for source in ("ours", "minigpt4.pth"):
         built = video_llama_config(None, projection_from=tmp_path / source).build()
         assert torch.equal(built.llama_proj.weight, MINIGPT4["llama_proj.weight"])
+
+
+def test_options_that_say_nothing_of_a_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--from", "video_llama", "--to", "vlm")
+    v.released(tmp_path / "minigpt4.pth", MINIGPT4)
+    for option in (
+        ("--recipe", "video_llama.debug"),
+        ("--base", str(tmp_path)),
+        ("--base", str(tmp_path), "--layer", "1"),
+        ("--keep-frozen",),
+    ):
+        said = r.refusal(capsys, tmp_path / "minigpt4.pth", tmp_path / "o", *words, *option)
+        assert f"{option[0]} says nothing of a projection" in said
+    v.released(tmp_path / "branch.pth", VISION_BRANCH)
+    said = r.refusal(capsys, tmp_path / "branch.pth", tmp_path / "o", *words, "--base", str(tmp_path), "--layer", "1")
+    assert "--layer says nothing of a Video-LLaMA" in said
 
 
 def test_names_of_extras_are_closed() -> None:

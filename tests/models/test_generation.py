@@ -226,3 +226,19 @@ def test_what_cannot_be_is_refused() -> None:
 def test_settings_that_contradict_are_refused(settings: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         override(GenerationConfig(), settings)
+
+
+@pytest.mark.parametrize("name", ("greedy", "sampling"))
+def test_watched_token_by_token(name: str) -> None:
+    model, config = system("llama"), CONFIGS[name]
+    whole = generate(model, batch(), config, ends=[(END,)], keys=KEYS)
+    seen: list[list[list[int]]] = []
+    watched = generate(model, batch(), config, ends=[(END,)], keys=KEYS, watch=lambda ids: bool(seen.append(ids)))
+    assert watched == whole
+    assert [len(rows[0]) for rows in seen] == list(range(1, len(seen) + 1))
+    for written, final in zip(whole, seen[-1], strict=True):
+        assert written == cut(final, [(END,)])
+    stopped = generate(model, batch(), config, ends=[(END,)], keys=KEYS, watch=lambda ids: len(ids[0]) == 3)
+    assert stopped == [ids[:3] for ids in whole]
+    with pytest.raises(AssertionError, match="watched"):
+        generate(model, batch(), CONFIGS["beams"], ends=[(END,)], watch=lambda ids: False)

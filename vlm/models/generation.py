@@ -11,7 +11,7 @@ Letters: B rows, L tokens of the longest row, S tokens of all rows, V words, D w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,8 @@ from vlm.nn.language import Prompts
 from vlm.types import Batch, UserError
 
 Ends = Sequence[Sequence[int]]
+Watch = Callable[[list[list[int]]], bool]
+"""What each row has so far, its end included and filled up behind it -> whether to write no further."""
 
 
 @torch.no_grad()
@@ -48,6 +50,7 @@ def generate(
     pad: int | None = None,
     seed: int = 0,
     keys: Sequence[str] | None = None,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
     """The texts that follow the rows of `batch.prompts`, without their ends. Call it in evaluation mode.
 
@@ -60,6 +63,8 @@ def generate(
             None: OPT's own, or that of LLaMA's unknown word.
         seed: with `keys` decides what is sampled.
         keys: a name for each row; needed where config.sample is set.
+        watch: called after each token; where it says so, texts end there. Beams are not watched: they change what was
+            written.
     Raises:
         UserError: the batch has no such rows, rows are longer than the language model's positions, or a setting of
             the system has no meaning here.
@@ -73,6 +78,7 @@ def generate(
     assert all(ends), "an empty end"
     assert keys is None or len(keys) == len(rows.lengths), f"{len(keys)} keys for {len(rows.lengths)} rows"
     assert keys is not None or not config.sample, "sampling needs a key for each row"
+    assert watch is None or (config.num_beams == 1 and config.prompt_pad == "left"), "beams cannot be watched"
     check_positions(system.llm, max(rows.lengths) + config.max_new_tokens)
     pad = int(system.llm.config.model_type == "opt") if pad is None else pad
 
@@ -89,7 +95,8 @@ def generate(
                     text, config.prompt_pad, system.llm.get_input_embeddings()(rows.tokens.new_tensor([pad]))
                 )
                 return beams_428.write(system.llm, inputs, mask, config, _single(ends), pad, is_sharded(system))
-            return _write(system.llm, text, config, ends, pad, _draws(config, seed, keys), is_sharded(system))
+            draws = _draws(config, seed, keys)
+            return _write(system.llm, text, config, ends, pad, draws, is_sharded(system), watch)
 
     return [cut(ids, ends, config.min_new_tokens) for ids in system(batch, instead=write)]
 
@@ -138,6 +145,7 @@ def _write(
     pad: int,
     draws: Tensor | None,
     together: bool,
+    watch: Watch | None,
 ) -> list[list[int]]:
     """Through transformers."""
     inputs, mask = padded(text, "left", text[0].new_zeros(1, text[0].shape[1]))
@@ -151,7 +159,9 @@ def _write(
         pad_token_id=pad,
     )
     long = [end for end in ends if len(end) > 1]
-    stops = [_EndsWith(long, config.min_new_tokens, mask.device)] if long else []
+    stops: list[StoppingCriteria] = [_EndsWith(long, config.min_new_tokens, mask.device)] if long else []
+    if watch is not None:
+        stops.append(_Watched(watch))
     steps: list[LogitsProcessor] = []
     if config.repetition_penalty != 1:
         # not by `settings`, for then as many written tokens as the row has padding are passed over
@@ -214,6 +224,17 @@ class _EndsWith(StoppingCriteria):
             if input_ids.shape[1] >= self.at_least + len(end):
                 met |= (input_ids[:, -len(end) :] == end).all(dim=1)
         return met
+
+
+class _Watched(StoppingCriteria):
+    """Ends all texts when whoever watches says so."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        """input_ids (B, tokens so far) -> (B,) bool."""
+        return torch.full((len(input_ids),), self.watch(input_ids.tolist()), device=input_ids.device)
 
 
 @contextmanager

@@ -34,7 +34,8 @@ class Sample:
     kind; optionally id, span in seconds, dialogue}), `captions` (name -> text), `segments` (list of {start, end,
     label, name}, frames, end exclusive), `conversations` (list of {from: human, gpt or system; value}, the video's
     place being `<video>`; with `span` in seconds where they are about a part), `boundaries` (list of {id, kind,
-    timestamp, prev_timestamp, next_timestamp, subject, status_before, status_after}, seconds).
+    timestamp, prev_timestamp, next_timestamp, subject, status_before, status_after}, seconds), `chat` (list of {kind,
+    question, answer}, times in them being `<t:F>`, the border of frames F, 0 … number of frames).
     """
 
     key: str  # unique in its shard set; "." is not allowed in a key (webdataset cuts member names at the first dot)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vlm.sources.breakfast import ACTIONS, ACTIVITIES, TEST_PERSONS, UNCLASSED, read
+from vlm.sources.breakfast import ACTIONS, ACTIVITIES, BACKGROUND, TEST_PERSONS, UNCLASSED, read
+from vlm.sources.common_chat import make_chat
 from vlm.sources.common_segments import read_bundle, read_mapping, read_segments
 from vlm.sources.common_tables import BadCell
 from vlm.types import Rejected, Sample, UserError
@@ -48,7 +49,12 @@ def test_labels_beside_the_videos(tmp_path: Path) -> None:
     assert found[NAME] == Sample(
         key=NAME,
         video=root / folder / "cam01" / "P03_cereals.avi",
-        annotation={"label": 0, "name": "cereals", "segments": SEGMENTS},
+        annotation={
+            "label": 0,
+            "name": "cereals",
+            "segments": SEGMENTS,
+            "chat": make_chat(NAME, SEGMENTS, "cereals", background=BACKGROUND),
+        },
         warnings=(
             f"{root / folder / 'cam01' / 'P03_cereals.avi.labels'} row 5: its only frame 152 belongs to what stands "
             "before it, so 'SIL' is left out",

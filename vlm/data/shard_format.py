@@ -81,9 +81,9 @@ def index_dtype(
 ) -> np.dtype:
     """One packed row a record. Offsets are bytes from the start of the tar; a member that is absent has -1, 0.
 
-    `questions`: records hold several questions, or boundaries with their texts, and a column counts them. `tokens`: a
-    column counts the tokens of their annotation text, and `counted` names further ones that count those of one kind of
-    text (`counted_texts`): name -> most parts that a record has of it; the parts that a record lacks have 0.
+    `questions`: records hold several questions, rows of chat, or boundaries' texts, and a column counts them.
+    `tokens`: a column counts the tokens of their annotation text, and `counted` names further ones that count those of
+    one kind of text (`counted_texts`): name -> most parts that a record has of it; those that a record lacks have 0.
     """
     columns: list[tuple[Any, ...]] = [
         ("key", f"S{key_bytes}"),  # as encode_key writes it
@@ -124,7 +124,7 @@ def counted_texts(annotation: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     """What a language model may read of an annotation: name of the text -> its parts -> the texts of each part.
 
     `caption` and `captions.NAME` are one part each; `questions` (question and options) and `dialogues` have one a
-    question, `conversations` one a turn, `boundaries` three a boundary.
+    question, `conversations` one a turn, `boundaries` three a boundary, `chat` (question and answer) one a row.
     """
     found = {f"captions.{name}": [[text]] for name, text in _object(annotation.get("captions")).items()}
     if "caption" in annotation:
@@ -137,6 +137,9 @@ def counted_texts(annotation: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     turns = _objects(annotation.get("conversations"))
     if turns:
         found["conversations"] = [[turn.get("value")] for turn in turns]
+    rows = _objects(annotation.get("chat"))
+    if rows:
+        found["chat"] = [[row.get("question"), row.get("answer")] for row in rows]
     boundaries = _objects(annotation.get("boundaries"))
     if boundaries:
         found["boundaries"] = [[boundary.get(kind, "")] for boundary in boundaries for kind in TEXTS]
@@ -144,8 +147,9 @@ def counted_texts(annotation: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 
 
 def count_asked(annotation: Mapping[str, Any]) -> int:
-    """Samples that a record holds: its questions, or three texts of each of its boundaries."""
-    return len(_list(annotation.get("questions"))) or len(TEXTS) * len(_list(annotation.get("boundaries")))
+    """Samples that a record holds: its questions, the rows of its chat, or three texts of each of its boundaries."""
+    boundaries = len(TEXTS) * len(_list(annotation.get("boundaries")))
+    return len(_list(annotation.get("questions"))) or len(_list(annotation.get("chat"))) or boundaries
 
 
 def _list(value: Any) -> Sequence[Any]:

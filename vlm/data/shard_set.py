@@ -122,8 +122,8 @@ class ShardSet:
 
     @property
     def num_questions(self) -> np.ndarray:
-        """(rows,) int32: questions of each record, or texts of its boundaries; zeros where the set has none. Mapped,
-        where there are some."""
+        """(rows,) int32: questions of each record, rows of its chat, or texts of its boundaries; zeros where the set has
+        none. Mapped, where there are some."""
         return self.index["questions"] if self._counts_questions else np.broadcast_to(np.int32(0), len(self))
 
     @property

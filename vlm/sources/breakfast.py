@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vlm.sources.common_chat import make_chat
 from vlm.sources.common_segments import ALL, Tree, open_tree, read_segments
 from vlm.sources.common_tables import BadCell
 from vlm.types import Rejected, Sample, UserError
@@ -29,6 +30,7 @@ ACTIONS = (
     "stirfry_egg", "add_teabag", "pour_water", "stir_tea",
 )  # fmt: skip
 UNCLASSED = ("walk_in", "walk_out")  # in the original labels, but not among the 48 actions
+BACKGROUND = ("SIL",)
 TEST_PERSONS = {1: range(3, 16), 2: range(16, 29), 3: range(29, 42), 4: range(42, 55)}
 
 _FOLDERS = ("groundTruth", "segmentation_coarse")
@@ -73,10 +75,11 @@ def _sample(name: str, tree: Tree, bases: Sequence[Path]) -> Sample:
     if file is None:
         raise BadCell(f"{tree.bundle or name}: no labels of {name!r} ({', '.join(map(str, (*labels, *beside)[:4]))})")
     segments, warnings = read_segments(file, tree.classes, UNCLASSED)
+    chat = make_chat(name, segments, activity, background=BACKGROUND)
     return Sample(
         key=name,
         video=_video(file, videos, bases, name),
-        annotation={"label": ACTIVITIES.index(activity), "name": activity, "segments": segments},
+        annotation={"label": ACTIVITIES.index(activity), "name": activity, "segments": segments, "chat": chat},
         warnings=warnings,
     )
 

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from vlm.sources.common import VideoFinder, read_text
+from vlm.sources.common_chat import make_chat
 from vlm.sources.common_segments import ALL, Segment, open_tree, read_segments, segment
 from vlm.sources.common_tables import BadCell
 from vlm.types import Rejected, Sample, UserError
@@ -35,6 +36,7 @@ _PHASES = ("prep", "core", "post")
 _HIGH = ("cut_and_mix_ingredients", "prepare_dressing", "serve_salad")  # the highest level, left out
 _ROW = re.compile(r"(\d+)\s+(\d+)\s+(\S+)")
 _START, _END = ACTIONS[-2:]
+ACTIVITY = "making salads"  # as the published question for segments says it
 
 
 def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[Sample | Rejected]:
@@ -69,7 +71,9 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
         except BadCell as error:
             yield Rejected(name, str(error), str(files.get(name, name)))
             continue
-        yield Sample(key=name, video=video, annotation={"segments": segments}, warnings=warnings)
+        chat = make_chat(name, segments, ACTIVITY, background=(_START, _END))
+        annotation = {"name": ACTIVITY, "segments": segments, "chat": chat}
+        yield Sample(key=name, video=video, annotation=annotation, warnings=warnings)
 
 
 def _segments(file: Path, classes: Mapping[str, int]) -> tuple[list[Segment], tuple[str, ...]]:

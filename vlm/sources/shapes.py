@@ -23,6 +23,7 @@ from typing import Any
 import av
 import numpy as np
 
+from vlm.sources.common_chat import make_chat
 from vlm.sources.common_features import is_features, open_features
 from vlm.sources.common_shapes import CLASSES, COLOURS, HEIGHT, SPLITS, WIDTH, Clip, plan
 from vlm.types import Rejected, Sample, UserError
@@ -209,6 +210,8 @@ def read(root: Path, split: str, annotations: Sequence[Path]) -> Iterator[Sample
             if not video.is_file():
                 yield Rejected(key, f"{path}: the video {video} of {key!r} does not exist", str(video))
                 continue
+            if "segments" in item:
+                item = _as_chat(key, item)
             sample = Sample(key=key, video=video, annotation=item)
             if features is not None:
                 item |= {"video": key, "captions": {"shapes": item["caption"]}}
@@ -216,3 +219,11 @@ def read(root: Path, split: str, annotations: Sequence[Path]) -> Iterator[Sample
                 lacking = features.add_to(sample, FEATURE_FPS)
                 sample.warnings = (lacking,) if lacking else ()
             yield sample
+
+
+def _as_chat(key: str, item: dict[str, Any]) -> dict[str, Any]:
+    """A sequence's annotation with `name` (its activity) and `chat`; segments have the words that captions have."""
+    activity = f"moving a {item['attributes']['shape']}"
+    segments = [part | {"name": CLASSES[part["label"]].words} for part in item["segments"]]
+    item = {name: value for name, value in item.items() if name not in ("questions", "conversations")}
+    return item | {"name": activity, "segments": segments, "chat": make_chat(key, segments, activity)}

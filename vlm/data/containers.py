@@ -41,6 +41,11 @@ def container_extension(data: bytes) -> str | None:
     return next((extension for magic, extension in magics if head.startswith(magic)), None)
 
 
+def is_still(data: bytes) -> bool:
+    """Whether this is a picture and no clip."""
+    return container_extension(data) in ("jpg", "png", "webp")
+
+
 def _refuse_text(head: bytes) -> None:
     """Text saved under a video's name: also playlists, which FFmpeg would follow to other files."""
     if not head:

@@ -17,12 +17,12 @@ import av
 import numpy as np
 from PIL import Image
 
-from vlm.data.video import DecodeError, all_frames, container_extension, count_frames
+from vlm.data.containers import is_still as is_still  # such a file stays as it is
+from vlm.data.video import DecodeError, all_frames, count_frames
 from vlm.types import UserError
 
 _CLOCK = 90_000  # ticks a second: a whole number of them for each frame at 24, 25, 30 and 30000/1001 a second
 _TICK = 6e-4  # seconds by which containers round the times of frames
-_STILLS = ("jpg", "png", "webp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +51,6 @@ class Reencode:
         """(width, height) that a clip of this size gets: even numbers, sides in proportion to half a pixel or so."""
         scale = min(1.0, self.short_side / min(width, height)) if self.short_side else 1.0
         return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
-
-
-def is_still(data: bytes) -> bool:
-    """Whether this is a picture, which stays as it is, and no clip."""
-    return container_extension(data) in _STILLS
 
 
 def reencode(data: bytes, how: Reencode) -> tuple[bytes, list[str]]:

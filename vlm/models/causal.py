@@ -63,8 +63,8 @@ class CausalSystem(System):
         predictions as before."""
         return batch
 
-    def attention_arguments(self, names: Sequence[str], rows: Sequence[TextRows]) -> dict[str, Any]:
-        """What the blocks' attention gets besides the spans, for rows of the views of these names, end to end."""
+    def block_arguments(self, names: Sequence[str], rows: Sequence[TextRows], batch: Batch) -> dict[str, Any]:
+        """What the blocks get besides the spans, for rows of the views of these names, end to end."""
         return {}
 
     def places(self, name: str, rows: TextRows) -> Tensor:
@@ -137,7 +137,7 @@ class CausalSystem(System):
         """
         joined = join(rows)
         text = self.embed(joined, batch)
-        arguments = self.attention_arguments(names, rows)
+        arguments = self.block_arguments(names, rows, batch)
         narrow = places is not None and self._narrows(len(places), len(text))
         if places is not None and narrow:
             arguments["wanted"] = make_wanted(places, joined.lengths, joined.parents, joined.blind)

@@ -33,6 +33,7 @@ from vlm.models import beams_428
 from vlm.models.causal import CausalSystem
 from vlm.models.generation_config import GenerationConfig
 from vlm.nn.language import Prompts
+from vlm.nn.llama_layers import Additions
 from vlm.types import Batch, UserError
 
 Ends = Sequence[Sequence[int]]
@@ -85,10 +86,12 @@ def generate(
     def write(batch: Batch) -> list[list[int]]:
         assert batch.prompts is not None
         text = system.embed(batch.prompts, batch).split(batch.prompts.lengths)
-        arguments = system.attention_arguments(["prompts"], [batch.prompts])
-        prompts = arguments.get("prompts")
-        if isinstance(prompts, Prompts):
-            arguments["prompts"] = prompts.in_batch(rows.lengths, config.prompt_pad)
+        arguments = system.block_arguments(["prompts"], [batch.prompts], batch)
+        for name, given in arguments.items():
+            if isinstance(given, Prompts):
+                arguments[name] = given.in_batch(rows.lengths, config.prompt_pad)
+            elif isinstance(given, Additions):
+                arguments[name] = given.in_batch(rows.lengths)
         with _given(system.llm.base_model, arguments):
             if config.rules == "4.28" and (config.num_beams > 1 or config.prompt_pad == "right"):
                 inputs, mask = padded(

@@ -26,6 +26,7 @@ from vlm.types import UserError
 from vlm.weights import META_LAYER_TABLE, Loader, Table, diff_keys, open_tensors, pairs_to_halves, rename
 
 _CONSTANTS = re.compile(r".*rope\.freqs|.*rotary_emb\.inv_freq")  # tables of the rotary embedding, worked out anew here
+_BESIDE = re.compile(r"model\.(mm_projector|vision_tower)\..*")  # what a folder of LLaVA holds beside its LLaMA
 _META_TABLE: Table = (
     (r"tok_embeddings\.weight", "model.embed_tokens.weight"),
     (r"norm\.weight", "model.norm.weight"),
@@ -224,7 +225,8 @@ def read_llama(tensors: Mapping[str, Loader], heads: int, kv_heads: int, source:
     Raises:
         UserError: a tensor that is not LLaMA's.
     """
-    tensors = {name: load for name, load in tensors.items() if not _CONSTANTS.fullmatch(name)}
+    aside = (_CONSTANTS, _BESIDE)
+    tensors = {name: load for name, load in tensors.items() if not any(kind.fullmatch(name) for kind in aside)}
     if "tok_embeddings.weight" not in tensors:
         found = dict(tensors)
         if "lm_head.weight" not in found and "model.embed_tokens.weight" in found:

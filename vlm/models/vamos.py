@@ -259,7 +259,7 @@ class Vamos(CausalSystem):
         """The caption tokens that the LLaMA will read: embeddings (G, D), and places (G,) in `passages.tokens`."""
         return self.selector(self.llm.get_input_embeddings()(passages.tokens), passages)
 
-    def attention_arguments(self, names: Sequence[str], rows: Sequence[TextRows]) -> dict[str, Any]:
+    def block_arguments(self, names: Sequence[str], rows: Sequence[TextRows], batch: Batch) -> dict[str, Any]:
         """The prompts of all blocks; the bias acts in every view but `video_order`, as in the original."""
         number = torch.arange(self.adapter_query.num_embeddings, device=rows[0].tokens.device)
         prompts = self.adapter_query(number).view(self.config.prompted, self.config.adapter_len, -1)

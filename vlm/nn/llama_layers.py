@@ -4,15 +4,18 @@ transformers' own layers, names and numbers; what differs:
 
 * `Wanted`: the last block's queries, output projection and feed-forward part run at the places that are read (a loss
   reads 4 of some 90 tokens); its keys and values need all places. Exact, and a good part of a block saved.
+* `Additions`: a vector of a row's video is added to what each block gives (vlm.models.video_chatgpt).
 * RMSNorm and the rotary embedding have backward passes of their own, with a third of autograd's passes over memory;
   RMSNorm's is used while its weight is frozen.
+* A block works in the precision of its own weights, so that trained fp32 blocks may stand among frozen bf16 ones.
 
-Letters: S tokens, Z places that are read, H heads, G key heads, E width of a head, D width.
+Letters: S tokens, Z places that are read, H heads, G key heads, E width of a head, D width, V videos.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +47,30 @@ def last_block_savings(model: PreTrainedModel) -> int:
     return sum(m.in_features * m.out_features for m in linear)
 
 
+class Additions(NamedTuple):
+    """What blocks add to what they give: to all tokens of a row the vector of the row's video."""
+
+    vectors: Tensor  # (J, V, D): block number i adds those of min(i, J - 1)
+    shares: Tensor  # (S, V) of packed tokens, or (B, V) of a batch's rows: 1 where its row has this video, else 0
+    packed: bool = True
+
+    def in_batch(self, lengths: Sequence[int]) -> Additions:
+        """The same for packed rows of these lengths that become rows of a batch, alone."""
+        starts = [0]
+        for length in lengths[:-1]:
+            starts.append(starts[-1] + length)
+        return self._replace(shares=self.shares[starts], packed=False)
+
+    def to(self, hidden: Tensor, number: int, places: Tensor | None) -> Tensor:
+        """What block `number` gives, (1, S, D), (1, Z, D) at `places` (Z,) or (B * beams, L, D), with the additions."""
+        vectors = self.vectors[min(number, len(self.vectors) - 1)].to(hidden.dtype)
+        # a product, since its backward pass sums in one order on every device, unlike that of picking rows
+        added = self.shares.to(hidden.dtype) @ vectors
+        if self.packed:
+            return hidden + (added if places is None else added[places])
+        return hidden + added.repeat_interleave(len(hidden) // len(added), dim=0)[:, None]
+
+
 class LeanLayer(LlamaDecoderLayer):
     """A block; as the last one it returns only the places that are wanted."""
 
@@ -52,15 +79,33 @@ class LeanLayer(LlamaDecoderLayer):
         self.self_attn = LeanAttention(config, number)
         self.input_layernorm = LeanNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LeanNorm(config.hidden_size, config.rms_norm_eps)
+        self.number = number
         self.is_last = number == config.num_hidden_layers - 1
 
-    def forward(self, hidden_states: Tensor, *args: Any, wanted: Wanted | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        wanted: Wanted | None = None,
+        additions: Additions | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """(1, S, D) -> (1, S, D), or (1, Z, D) from the last block where `wanted` is given."""
+        dtype = self.input_layernorm.weight.dtype
+        hidden_states = hidden_states.to(dtype)
+        if position_embeddings is not None:
+            cosines, sines = position_embeddings
+            kwargs["position_embeddings"] = (cosines.to(dtype), sines.to(dtype))
+        places = None
         if wanted is None or not self.is_last:
-            return super().forward(hidden_states, *args, **kwargs)
-        mixed, _ = self.self_attn(self.input_layernorm(hidden_states), *args, wanted=wanted, **kwargs)
-        hidden = hidden_states[:, wanted.places] + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+            hidden = super().forward(hidden_states, *args, **kwargs)
+        else:
+            places = wanted.places
+            mixed, _ = self.self_attn(self.input_layernorm(hidden_states), *args, wanted=wanted, **kwargs)
+            hidden = hidden_states[:, places] + mixed
+            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden if additions is None else additions.to(hidden, self.number, places)
 
 
 class LeanAttention(LlamaAttention):

@@ -41,3 +41,26 @@ class Stretch:
         if picture.shape[:2] == (self.height, self.width):
             return picture
         return np.asarray(Image.fromarray(picture).resize((self.width, self.height), Image.Resampling.BICUBIC))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nearest:
+    """The whole picture at a fixed size, each pixel the nearest one as torch's `interpolate` takes it, nothing mixed.
+
+    Released projectors of Video-ChatGPT were trained on pictures like these.
+    """
+
+    width: int
+    height: int
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3) -> uint8 (height, width, 3)."""
+        if picture.shape[:2] == (self.height, self.width):
+            return picture
+        rows, columns = _nearest(picture.shape[0], self.height), _nearest(picture.shape[1], self.width)
+        return picture[rows[:, None], columns]
+
+
+def _nearest(size: int, wanted: int) -> np.ndarray:
+    places = np.floor(np.arange(wanted, dtype=np.float32) * (np.float32(size) / np.float32(wanted)))
+    return np.minimum(places.astype(np.int64), size - 1)

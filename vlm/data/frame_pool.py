@@ -36,12 +36,26 @@ Reader = Callable[[Any, list[str]], Iterable[np.ndarray]]
 """item, list for warnings -> its pictures, arrays of one shape and dtype; picklable (vlm.data.frame_readers)."""
 
 
+class Again(Exception):
+    """A reader may raise it in the midst: what came of the video counts no more, `pictures` come in its place."""
+
+    def __init__(self, pictures: Iterable[np.ndarray]) -> None:
+        super().__init__()
+        self.pictures = pictures
+
+
 class Frames(NamedTuple):
     """Some pictures of the video items[at]."""
 
     at: int
-    begins: bool  # the video's first: what came of it before, from a process that was lost, counts no more
+    begins: bool  # the video's first: what came of it before, as from a process that was lost, counts no more
     pixels: np.ndarray  # (n, …) as the reader gives them
+    times: np.ndarray  # (n,) how many times each comes: more than once where the reader gave the same array again
+
+    @property
+    def count(self) -> int:
+        """Pictures, those that come again too."""
+        return int(self.times.sum())
 
 
 class End(NamedTuple):
@@ -63,16 +77,37 @@ def read_frames(items: Sequence[Any], reader: Reader, *, workers: int) -> Iterat
 
 def _read_video(at: int, item: Any, reader: Reader) -> Iterator[Frames | End]:
     warnings: list[str] = []
-    begins = True
     try:
-        pictures = iter(reader(item, warnings))
-        while chunk := list(itertools.islice(pictures, CHUNK)):
-            yield Frames(at, begins, np.stack(chunk))
-            begins = False
+        yield from _chunks(at, reader(item, warnings))
     except (DecodeError, ShardError, MemoryError, OSError) as error:
         yield End(at, str(error) or type(error).__name__)
     else:
         yield End(at, "", tuple(warnings))
+
+
+def _chunks(at: int, pictures: Iterable[np.ndarray]) -> Iterator[Frames]:
+    counted, begins = _counted(pictures), True
+    try:
+        while chunk := list(itertools.islice(counted, CHUNK)):
+            pixels, times = zip(*chunk, strict=True)
+            yield Frames(at, begins, np.stack(pixels), np.array(times))
+            begins = False
+    except Again as other:
+        yield from _chunks(at, other.pictures)
+
+
+def _counted(pictures: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+    """(picture, how many times the same array came)."""
+    last, count = None, 0
+    for picture in pictures:
+        if picture is last:
+            count += 1
+            continue
+        if last is not None:
+            yield last, count
+        last, count = picture, 1
+    if last is not None:
+        yield last, count
 
 
 def _ahead(events: Iterator[Frames | End]) -> Iterator[Frames | End]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.data.frame_readers import Listed
 from vlm.data.frames import Look, see
 from vlm.data.rng import SampleRng
 from vlm.data.shard_set import ShardSet
@@ -19,7 +20,7 @@ from vlm.types import Record
 class LookReader:
     """uint8 (3, size, size) each: evenly spread, without a crop, as `vlm.data.frames.see` gives them to tests.
 
-    Items are files or, with `shards`, rows of a shard set.
+    Items are files (`Listed`: with keys), records or, with `shards`, rows of a shard set.
     """
 
     num_frames: int
@@ -34,7 +35,9 @@ class LookReader:
     def _record(self, item: Any) -> Record:
         if self.shards is not None:
             return self.shards.read(item, members=("video",))
-        data = Path(item).read_bytes()
+        if isinstance(item, Record):
+            return item
+        data = (item.path if isinstance(item, Listed) else Path(item)).read_bytes()
         return Record(key=str(item), shard="", row=0, video=data, annotation={}, num_frames=-1, fps=0, decoders=())
 
     def described(self) -> dict[str, Any]:

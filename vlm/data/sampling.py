@@ -5,9 +5,12 @@ segments   the clip is cut into S equal segments and one frame is taken from eac
 dense      `clip_length` frames spread over a window of `clip_length * stride` frames; Kinetics
 strided    `clip_length` frames exactly `stride` apart from a random start; masked pretraining
 
-and two that give fewer frames where the video has fewer (ALPRO, arXiv 2112.09583; Video-LLaMA, arXiv 2306.02858):
+two that give fewer frames where the video has fewer (ALPRO, arXiv 2112.09583; Video-LLaMA, arXiv 2306.02858):
 headtail   so many frames of the first half, drawn, and so many of the second
 uniform    evenly spread
+
+and one that always gives as many as are asked for (Video-ChatGPT, arXiv 2306.05424):
+middle     the middle of each of so many equal parts
 
 Every function returns an int64 array; N is the number of frames of the video, S the number of segments. The offsets of
 the seeded originals come from numpy's legacy generator, so `generator` is a `numpy.random.RandomState`.
@@ -135,6 +138,17 @@ def uniform_frames(num_frames: int, count: int) -> np.ndarray:
     _check(num_frames, count)
     count = min(count, num_frames)
     return np.arange(0, num_frames, num_frames / count).astype(np.int64)[:count]
+
+
+def middle_frames(num_frames: int, count: int) -> np.ndarray:
+    """`count` frames in order: the middle of each of so many parts of N - 1 frames, borders rounded half to even.
+
+    As published, to the number. Of a video of fewer frames some come several times; the last frame never comes, unless
+    it is the only one.
+    """
+    _check(num_frames, count)
+    borders = np.round((num_frames - 1) / count * np.arange(count + 1)).astype(np.int64)
+    return (borders[:-1] + borders[1:]) // 2
 
 
 def _check(num_frames: int, clip_length: int, stride: int = 1) -> None:

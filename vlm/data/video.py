@@ -174,6 +174,50 @@ def all_frames(
         warnings += _header_warnings(container, stream, reader, end)
 
 
+class MiscountedError(Exception):
+    """A stream was said to hold another number of frames than decode: `count`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
+
+
+def count_packets(data: Source) -> int:
+    """Frames that the container holds, found without decoding: seldom others than those that decode."""
+    with opened(data) as (container, stream):
+        return sum(1 for packet in container.demux(stream) if packet.size)
+
+
+def ordered_frames(data: Source, indices: Sequence[int], num_frames: int, warnings: list[str]) -> Iterator[np.ndarray]:
+    """The frames of indices that never fall, one by one, each (H, W, 3) as from `decode`. Decoded once, none kept.
+
+    An index that comes again gives the same array again. All is decoded, so as to know the number of frames:
+    MiscountedError, at the end, where it is not `num_frames`. `warnings` gets what `inspect` would warn of.
+    """
+    with opened(data) as (container, stream):
+        reader = _FrameReader(stream, container)
+        wanted = iter(int(index) for index in indices)
+        following = next(wanted, None)
+        first, times = None, [0.0, 0.0]
+        for index, frame in enumerate(reader):
+            if frame.time is not None:
+                times = [times[0] if first else float(frame.time), float(frame.time)]
+            first = first or frame
+            picture = _to_rgb(frame, first, index) if index == following else None
+            while index == following:
+                assert picture is not None
+                yield picture
+                following = next(wanted, None)
+        if first is None:
+            raise DecodeError(f"no frame of the video stream decodes ({reader.stopped or 'the stream is empty'})")
+        if reader.count != num_frames:
+            raise MiscountedError(reader.count)
+        nominal = _nominal_fps(stream)
+        warnings += _header_warnings(
+            container, stream, reader, times[1] - times[0] + (1 / nominal if nominal else 0.0), is_picture(container)
+        )
+
+
 def check_decoders(data: Source, info: VideoInfo) -> tuple[str, ...]:
     """The decoders that may be used on this clip, best first: ("decord", "pyav") or ("pyav",).
 

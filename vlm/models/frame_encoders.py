@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.data.frame_pixels import CentreCrop
+from vlm.models import frame_pools
 from vlm.types import UserError
 from vlm.weights import diff_keys, open_tensors
 
@@ -24,22 +25,30 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, RGB i
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 _PARTS = ("vision_model.", "visual_projection.")  # the rest of a CLIP folder reads text
+_PROJECTION = _PARTS[1]
 _CONSTANT = "vision_model.embeddings.position_ids"  # stored by older versions
 _BICUBIC = 3  # Pillow's number
 
 
 class States(NamedTuple):
-    """What a layer of CLIP holds."""
+    """What layers of CLIP hold."""
 
-    layer: int  # 0: the embeddings; 1 … the number of layers; -1: the last, -2: the one before it
+    layers: int | tuple[int, ...]  # 0: the embeddings; 1 … the number of layers; -1: the last, -2: the one before it
     tokens: Literal["cls", "patches"]
+    normed: bool = False  # through the norm that CLIP has behind its last layer
+
+    def described(self) -> list[Any]:
+        """JSON-able."""
+        layers = list(self.layers) if isinstance(self.layers, tuple) else self.layers
+        return [layers, self.tokens, *(["normed"] if self.normed else [])]
 
 
 class ClipFrames(nn.Module):
     """`forward`: uint8 (n, crop, crop, 3) -> `image_embeds` (n, width) float32, not normalised to length 1.
 
     With `states` it gives {name: states of that layer} in their place: of the class token, (n, D), or of all patches,
-    (n, patches, D), without the class token; no norm behind the layer is applied.
+    (n, patches, D), without the class token; of several layers (n, layers, …). Layers above those are not computed.
+    `pools`: of patches, what is kept of a video, instead of the states of all its frames (vlm.models.frame_pools).
     """
 
     def __init__(
@@ -51,9 +60,11 @@ class ClipFrames(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         states: Mapping[str, States] | None = None,
+        pools: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.states = dict(states or {})
+        self.pools = dict(pools or {})
         self.model = model
         self.width = width
         self.prepare = prepare
@@ -62,18 +73,45 @@ class ClipFrames(nn.Module):
     def forward(self, frames: Tensor) -> Tensor | dict[str, Tensor]:
         mean, std = (torch.tensor(values, device=frames.device) for values in (self.mean, self.std))
         pixels = ((frames.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-        dtype = next(self.model.parameters()).dtype
+        pixels = pixels.to(next(self.model.parameters()).dtype)
         if not self.states:
-            return self.model(pixel_values=pixels.to(dtype)).image_embeds.float()
-        layers = self.model(pixel_values=pixels.to(dtype), output_hidden_states=True).hidden_states
+            return self.model(pixel_values=pixels).image_embeds.float()
+        return self._layers(pixels)
+
+    def _layers(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What `states` asks for, and nothing else: of 25 layers all patches would be kept else."""
+        vision: Any = self.model.vision_model
+        total = len(vision.encoder.layers)
+        wanted = {name: _numbers(which.layers, total) for name, which in self.states.items()}
+        found: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        held = vision.pre_layrnorm(vision.embeddings(pixels))
+        last = max(max(numbers) for numbers in wanted.values())
+        for number in range(last + 1):
+            if number:
+                held = vision.encoder.layers[number - 1](held, None)
+            for name, which in self.states.items():
+                if number in wanted[name]:
+                    rows = held[:, 0] if which.tokens == "cls" else held[:, 1:]
+                    found[name].append((vision.post_layernorm(rows) if which.normed else rows).float())
         return {
-            name: (layers[layer][:, 0] if tokens == "cls" else layers[layer][:, 1:]).float()
-            for name, (layer, tokens) in self.states.items()
+            name: rows[0] if isinstance(self.states[name].layers, int) else torch.stack(rows, 1)
+            for name, rows in found.items()
         }
 
+    def pool(self) -> frame_pools.Pool:
+        """What takes in the rows of one video (vlm/run/encode.py)."""
+        return frame_pools.Pools({name: frame_pools.SpatioTemporal(places) for name, places in self.pools.items()})
 
-def load_clip(folder: Path, states: Mapping[str, States] | None = None) -> ClipFrames:
-    """The image encoder of a Hugging Face folder of CLIP, on the CPU in float32; with `states` see ClipFrames.
+
+def _numbers(layers: int | tuple[int, ...], total: int) -> list[int]:
+    """Numbers from 0 of layers that may count from behind."""
+    return [layer % (total + 1) for layer in ((layers,) if isinstance(layers, int) else layers)]
+
+
+def load_clip(
+    folder: Path, states: Mapping[str, States] | None = None, pools: Mapping[str, int] | None = None
+) -> ClipFrames:
+    """The image encoder of a Hugging Face folder of CLIP, on the CPU in float32; with `states`, `pools` see ClipFrames.
 
     Pictures are resized, cut and normalised as its preprocessor_config.json says, else as CLIP's own. UserError: the
     folder is absent, of another model, lacks a tensor (none is left at random), or asks for what is not done here.
@@ -93,18 +131,20 @@ def load_clip(folder: Path, states: Mapping[str, States] | None = None) -> ClipF
     stored = {name: read for name, read in open_tensors(folder).items() if name.startswith(_PARTS)}
     stored.pop(_CONSTANT, None)
     state = {name: read() for name, read in stored.items()}
+    if states and not any(name.startswith(_PROJECTION) for name in state):
+        model.visual_projection = nn.Identity()  # a folder of the image encoder alone has none, and states need none
     diff_keys(state, model.state_dict()).require(f"{folder} as CLIP's image encoder")
     model.load_state_dict(state)
     file = folder / "preprocessor_config.json"
     size = int(model.config.image_size)
     prepare, mean, std = _preprocessing(_read(file) if file.is_file() else {}, size, file)
-    for name, (layer, _) in (states or {}).items():
-        if not -1 - model.config.num_hidden_layers <= layer <= model.config.num_hidden_layers:
-            raise UserError(
-                f"{name}: layer {layer} of an encoder of {model.config.num_hidden_layers} layers ({folder})"
-            )
+    total = int(model.config.num_hidden_layers)
+    for name, which in (states or {}).items():
+        for layer in (which.layers,) if isinstance(which.layers, int) else which.layers:
+            if not -1 - total <= layer <= total:
+                raise UserError(f"{name}: layer {layer} of an encoder of {total} layers ({folder})")
     width = int(model.config.projection_dim)
-    return ClipFrames(model, width=width, prepare=prepare, mean=mean, std=std, states=states)
+    return ClipFrames(model, width=width, prepare=prepare, mean=mean, std=std, states=states, pools=pools)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 An encoder is a module on the device that is to compute. It is called with pictures (n, …), as a reader gives them
 (vlm/data/frame_readers.py), and returns a tensor (n, …), called `features`, or several by name. If it has `join`, that
 makes of all rows of one video, (frames, …) or a dictionary of them, what is stored of it: tensors of any names and
-shapes.
+shapes. If it has `pool`, the rows of a video are not kept: what `pool()` returns takes them in as they come, by `add`
+of a dictionary of them on the encoder's device, and `finish` returns what is stored (vlm/models/frame_pools.py).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,13 +58,14 @@ def encode(
     """
     batcher = _Batcher(work, name)
     videos: deque[_Video] = deque()
+    pool = getattr(work.encoder, "pool", _Rows)
     for event in read_frames(items, work.reader, workers=work.workers):
         if not videos or videos[-1].at != event.at:
-            videos.append(_Video(event.at))
+            videos.append(_Video(event.at, pool()))
         elif isinstance(event, Frames) and event.begins:  # again, after a process was lost
-            videos[-1] = _Video(event.at)
+            videos[-1] = _Video(event.at, pool())
         if isinstance(event, Frames):
-            batcher.add(videos[-1], event.pixels)
+            batcher.add(videos[-1], event.pixels, event.times)
         else:
             videos[-1].end = event
             if event.at in ends:
@@ -80,9 +82,9 @@ class _Video:
     """A video between its first frame and its last feature."""
 
     at: int
-    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    pool: Any  # what takes its rows in
     frames: int = 0
-    awaited: int = 0  # frames read and not yet encoded
+    awaited: int = 0  # pictures read and not yet encoded
     end: End | None = None
 
     @property
@@ -93,8 +95,24 @@ class _Video:
         assert self.end is not None
         if self.end.failure:
             return Encoded(self.at, {}, self.frames, self.end.failure)
-        tensors = _joined(encoder, {name: torch.cat(rows) for name, rows in self.rows.items()})
+        tensors = self.pool.finish()
+        if isinstance(self.pool, _Rows):
+            tensors = _joined(encoder, tensors)
         return Encoded(self.at, tensors, self.frames, warnings=self.end.warnings)
+
+
+class _Rows:
+    """Keeps all rows of a video."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Tensor]] = {}
+
+    def add(self, rows: dict[str, Tensor]) -> None:
+        for name, these in rows.items():
+            self.rows.setdefault(name, []).append(these.cpu())
+
+    def finish(self) -> dict[str, Tensor]:
+        return {name: torch.cat(rows) for name, rows in self.rows.items()}
 
 
 def _joined(encoder: nn.Module, rows: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,45 +129,48 @@ class _Batcher:
     def __init__(self, work: Work, name: Callable[[int], str]) -> None:
         self.encoder, self.size, self.dtype, self.name = work.encoder, work.batch_size, work.dtype, name
         self.device = next((t.device for t in (*work.encoder.parameters(), *work.encoder.buffers())), "cpu")
-        self.waiting: list[tuple[_Video, np.ndarray]] = []
+        self.waiting: list[tuple[_Video, np.ndarray, np.ndarray]] = []  # pictures and how many times each comes
         self.count = 0
 
-    def add(self, video: _Video, pixels: np.ndarray) -> None:
+    def add(self, video: _Video, pixels: np.ndarray, times: np.ndarray) -> None:
         video.awaited += len(pixels)
-        video.frames += len(pixels)
+        video.frames += int(times.sum())
         while self.count + len(pixels) >= self.size:
             room = self.size - self.count
-            self.waiting.append((video, pixels[:room]))
+            self.waiting.append((video, pixels[:room], times[:room]))
             self.flush()
-            pixels = pixels[room:]
+            pixels, times = pixels[room:], times[room:]
         if len(pixels):
-            self.waiting.append((video, pixels))
+            self.waiting.append((video, pixels, times))
             self.count += len(pixels)
 
+    @torch.inference_mode()
     def flush(self) -> None:
         if not self.waiting:
             return
-        pixels = torch.from_numpy(np.concatenate([part for _, part in self.waiting]))
-        with torch.inference_mode():
-            made = self.encoder(pixels.to(self.device))
+        pixels = torch.from_numpy(np.concatenate([part for _, part, _ in self.waiting]))
+        made = self.encoder(pixels.to(self.device))
         outputs = {name: self._stored(rows) for name, rows in _named(made).items()}
         begin = 0
-        for video, part in self.waiting:
-            for name, rows in outputs.items():
-                mine = rows[begin : begin + len(part)]
-                if mine.is_floating_point() and not mine.isfinite().all():
+        for video, part, times in self.waiting:
+            mine = {name: rows[begin : begin + len(part)] for name, rows in outputs.items()}
+            for name, rows in mine.items():
+                if rows.is_floating_point() and not rows.isfinite().all():
                     raise UserError(
                         f"{name} of {self.name(video.at)!r} are beyond {str(self.dtype).removeprefix('torch.')}, or no "
                         "numbers: is the encoder (or --dtype, --precision) right?"
                     )
-                video.rows.setdefault(name, []).append(mine)
+            if (times > 1).any():
+                counts = torch.from_numpy(times).to(self.device)
+                mine = {name: rows.repeat_interleave(counts, dim=0) for name, rows in mine.items()}
+            video.pool.add(mine)
             begin += len(part)
             video.awaited -= len(part)
         self.waiting.clear()
         self.count = 0
 
     def _stored(self, rows: Tensor) -> Tensor:
-        return (rows.to(self.dtype) if rows.is_floating_point() else rows).cpu()
+        return rows.to(self.dtype) if rows.is_floating_point() else rows
 
 
 def _named(made: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:

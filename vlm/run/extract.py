@@ -18,11 +18,13 @@ from torch import Tensor
 
 from vlm.data.feature_files import FeatureFiles
 from vlm.data.frame_pool import Frames, Reader, read_frames
+from vlm.data.frame_readers import Listed
 from vlm.distributed import World, from_main, gather_objects
 from vlm.run.encode import Encoded, Work, encode
 from vlm.types import Rejected, Sample, UserError
 
 VIDEOS_A_PART = 256
+PART_BYTES = 256 << 20  # of features that wait to be written, more or less
 
 Progress = Callable[[int, int, int], None]  # videos done, of how many, frames done: of this process
 
@@ -115,7 +117,8 @@ def _encode_share(
     rejected: list[Rejected] = []
     saver = _Saver(files, save_every)
     frames = 0
-    for done in encode(list(videos.values()), work, keys.__getitem__):
+    listed = [Listed(key, path) for key, path in videos.items()]
+    for done in encode(listed, work, keys.__getitem__):
         key = keys[done.at]
         frames += done.frames
         if done.failure:
@@ -136,6 +139,7 @@ class _Saver:
         self.tensors: dict[str, dict[str, Tensor]] = {}
         self.warnings: dict[str, tuple[str, ...]] = {}
         self.videos = 0  # taken so far
+        self.nbytes = 0  # waiting
         self.saved = time.monotonic()
 
     def take(self, key: str, done: Encoded) -> None:
@@ -143,10 +147,12 @@ class _Saver:
         if done.warnings:
             self.warnings[key] = done.warnings
         self.videos += 1
-        if len(self.tensors) >= VIDEOS_A_PART or time.monotonic() - self.saved >= self.every:
+        self.nbytes += sum(tensor.numel() * tensor.element_size() for tensor in done.tensors.values())
+        full = len(self.tensors) >= VIDEOS_A_PART or self.nbytes >= PART_BYTES
+        if full or time.monotonic() - self.saved >= self.every:
             self.save()
 
     def save(self) -> None:
         if self.tensors:
             self.files.write_part(self.tensors, self.warnings)
-        self.tensors, self.warnings, self.saved = {}, {}, time.monotonic()
+        self.tensors, self.warnings, self.nbytes, self.saved = {}, {}, 0, time.monotonic()

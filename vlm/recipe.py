@@ -29,7 +29,9 @@ METRICS = {
     "classes": ("top1", "top5"),
     "choice": ("accuracy",),
     "caption": ("exact_match", "bleu4", "rouge_l", "cider", "overall_cider_rouge_l"),
+    "segments": ("mof", "edit", "f1_10", "f1_25", "f1_50"),
 }
+WRITES = ("caption", "segments")  # tasks in which the model writes
 
 
 class ModelConfig(Protocol):
@@ -147,7 +149,8 @@ class EvalConfig:
     """Also evaluate (without probes) every so many steps, to know the best checkpoint; 0: never."""
     metric: str = "top1"
     """Which metric decides the best checkpoint (larger is better): top1 or top5 (clips); accuracy or accuracy_KIND
-    (questions); exact_match, bleu4, rouge_l, cider, or overall_cider_rouge_l of GEBC's kinds (texts)."""
+    (questions); exact_match, bleu4, rouge_l, cider, or overall_cider_rouge_l of GEBC's kinds (texts); mof, edit, f1_10,
+    f1_25 or f1_50 (segmentations)."""
     generation: GenerationConfig | None = None
     """How texts are written; none where nothing is."""
 
@@ -225,7 +228,7 @@ def _require(holds: bool, name: str, value: Any, allowed: str) -> None:
 def _check_eval(config: EvalConfig, task: str | None) -> None:
     """ValueError where a test has settings that are not its task's."""
     metric = config.metric
-    writes = task == "caption"
+    writes = task in WRITES
     if writes and config.generation is None:
         raise ValueError("eval.generation is none, but these inputs want texts written: give a GenerationConfig")
     if task is not None and not writes and config.generation is not None:

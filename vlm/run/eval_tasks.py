@@ -19,15 +19,16 @@ import numpy as np
 from vlm.data.loader import TestItem
 from vlm.distributed import World, sum_over_ranks
 from vlm.metrics.classify import mean_probabilities
+from vlm.metrics.segment_answers import class_name, read_answer
 from vlm.models.generation import generate
 from vlm.recipe import Recipe
 from vlm.run.modalities import Blank
-from vlm.types import Ask, Batch, Example, Prediction, UserError, Writing
+from vlm.types import Ask, Batch, Example, Prediction, Segmentation, Span, UserError, Writing
 
 
 @dataclass
 class Task:
-    """Base of the three. `engine` is vlm.run.engine.Engine, or anything with `model` and `deepspeed`."""
+    """Base of all. `engine` is vlm.run.engine.Engine, or anything with `model` and `deepspeed`."""
 
     recipe: Recipe
     engine: Any
@@ -107,11 +108,8 @@ class Choices(Task):
         return row
 
 
-class Captions(Task):
-    """Texts are to be written, with or without others' to compare them with."""
-
-    def problem(self, ask: Ask) -> UserError | None:
-        return None
+class Texts(Task):
+    """Base of the two in which the model writes."""
 
     def answers(self, items: Sequence[TestItem], condition: str) -> list[str]:
         """The text for each prompt of each record; at most eval.batch_size are written together."""
@@ -142,6 +140,13 @@ class Captions(Task):
         own = [float(groups) if rank == self.world.rank else 0.0 for rank in range(self.world.size)]
         return max(1, int(max(sum_over_ranks(own, self.world.device))))
 
+
+class Captions(Texts):
+    """Texts are to be written, with or without others' to compare them with."""
+
+    def problem(self, ask: Ask) -> UserError | None:
+        return None
+
     def row(self, item: TestItem, ask: Ask, own: dict[str, str]) -> Writing:
         return Writing(
             key=ask.key,
@@ -155,7 +160,52 @@ class Captions(Task):
         )
 
 
-TASKS: dict[str, type[Task]] = {"classes": Classes, "choice": Choices, "caption": Captions}
+class Segments(Texts):
+    """What happens when in each video is to be written, in lines that are then read strictly."""
+
+    def problem(self, ask: Ask) -> UserError | None:
+        if not ask.segments:
+            return UserError(f"{ask.key} has no segments, so its segmentation cannot be scored; use a labelled split")
+        if ask.num_frames < 1:
+            return UserError(
+                f"{ask.key}: it is not known how many frames its video has, so times say nothing; make its shards with "
+                "their videos checked"
+            )
+        return None
+
+    def row(self, item: TestItem, ask: Ask, own: dict[str, str]) -> Segmentation:
+        read = {condition: self._read(text, ask.num_frames) for condition, text in own.items()}
+        prediction, problem = read[""]
+        return Segmentation(
+            key=ask.key,
+            text=own[""],
+            truth=[
+                (start, min(end, ask.num_frames), class_name(label))  # labels may go on after a camera has stopped
+                for start, end, label in ask.segments
+                if start < ask.num_frames
+            ],
+            prediction=prediction,
+            num_frames=ask.num_frames,
+            problem=problem,
+            kind=ask.kind or "",
+            video=item.key,
+            question=ask.question,
+            probes={
+                condition: {"text": own[condition], "prediction": spans, "problem": why}
+                for condition, (spans, why) in read.items()
+                if condition
+            },
+        )
+
+    def _read(self, text: str, num_frames: int) -> tuple[list[Span], str]:
+        """What an answer says, in frames. Spans so short that no frame is theirs are left out."""
+        axis = self.recipe.inputs.axis(num_frames)
+        spans, problem = read_answer(text, axis.places)
+        found = [(axis.frame(start), axis.frame(end), label) for start, end, label in spans]
+        return [span for span in found if span[0] < span[1]], problem
+
+
+TASKS: dict[str, type[Task]] = {"classes": Classes, "choice": Choices, "caption": Captions, "segments": Segments}
 
 
 def task_of(recipe: Recipe, engine: Any, world: World) -> Task:
@@ -163,7 +213,7 @@ def task_of(recipe: Recipe, engine: Any, world: World) -> Task:
     return TASKS[recipe.inputs.task](recipe, engine, world)
 
 
-def line_of(row: Prediction | Writing) -> dict[str, Any]:
+def line_of(row: Prediction | Writing | Segmentation) -> dict[str, Any]:
     """A row as it stands in predictions.jsonl; clips have none of the fields of questions."""
     line = asdict(row)
     if isinstance(row, Prediction) and row.kind is None:

@@ -24,7 +24,7 @@ from vlm.run.checkpoint import Progress
 from vlm.run.eval_tasks import Task, line_of, task_of
 from vlm.run.run_folder import Rows, metrics_of
 from vlm.run.streams import open_shards
-from vlm.types import UserError, Writing
+from vlm.types import Segmentation, UserError, Writing
 
 
 def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
@@ -58,6 +58,9 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
         else:
             (folder / "metrics.json").unlink(missing_ok=True)
         silent = sum(isinstance(row, Writing) and not row.references for row in rows)
+        unparsable = [
+            {"key": row.key, "problem": row.problem} for row in rows if isinstance(row, Segmentation) and row.problem
+        ]
         about = {
             "shards": str(shards.path),
             "shards_fingerprint": shards.fingerprint,
@@ -66,6 +69,7 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
             "unscored": lost,
             **({"written_without_references": silent} if silent else {}),
             **({"texts_scored_by": caption.describe()} if metrics and isinstance(rows[0], Writing) else {}),
+            **({"unparsable": unparsable} if isinstance(rows[0], Segmentation) else {}),
             **counters,
             "protocol": {"eval": to_dict(recipe.eval), "inputs": to_dict(recipe.inputs)},
             "seconds": time.monotonic() - started,
@@ -73,6 +77,8 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
         write_json(folder / "evaluation.json", about)
         for row in unscored[:10]:
             say(f"not scored: {row['key']}: {row['reason']}")
+        for row in unparsable[:10]:
+            say(f"cannot be read, so scored as an empty prediction: {row['key']}: {row['problem']}")
         if silent:
             rest = "the metrics are of the others" if metrics else "there are no metrics"
             say(f"{silent:,} of {len(rows):,} texts have no published captions to be scored by: {rest}")

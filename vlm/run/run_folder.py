@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm.metrics import caption
+from vlm.metrics import caption, segments
 from vlm.metrics.choice import choice_metrics
 from vlm.metrics.classify import classification_metrics
-from vlm.types import Prediction, UserError, Writing
+from vlm.types import Prediction, Segmentation, Span, UserError, Writing
 
-Rows = Sequence[Prediction] | Sequence[Writing]
+Rows = Sequence[Prediction] | Sequence[Writing] | Sequence[Segmentation]
 """What a predictions.jsonl holds: rows of one kind."""
 
 LARGEST = sys.float_info.max  # JSON can hold whole numbers that no float can
@@ -78,13 +78,16 @@ def read_rows(path: Path, damaged: list[str] | None = None) -> list[dict[str, An
 def metrics_of(
     rows: Rows, kinds: Mapping[str, Sequence[str]] | None = None, spice: Path | None = None
 ) -> dict[str, float]:
-    """What predictions are worth, of clips, of questions (`kinds` as in EvalConfig) or of texts (`spice` as in
-    vlm.metrics.caption); nothing where no text has references."""
+    """What predictions are worth, of clips, of questions (`kinds` as in EvalConfig), of texts (`spice` as in
+    vlm.metrics.caption; nothing where no text has references) or of segmentations."""
     writings = [row for row in rows if isinstance(row, Writing)]
     if writings:
         return caption.score(writings, spice=spice) if any(row.references for row in writings) else {}
     if spice is not None:
-        raise UserError("SPICE is a score of texts, but these rows hold scores of classes or options")
+        raise UserError("SPICE is a score of captions, but these rows hold scores of classes or options, or segments")
+    segmentations = [row for row in rows if isinstance(row, Segmentation)]
+    if segmentations:
+        return segments.score(segmentations)
     predictions = [row for row in rows if isinstance(row, Prediction)]
     if predictions and predictions[0].kind is not None:
         return choice_metrics(predictions, kinds)
@@ -126,22 +129,75 @@ def read_predictions(path: Path) -> Rows:
     return rows
 
 
-def _checked(line: dict[str, Any], before: Rows) -> Prediction | Writing:
+def _checked(line: dict[str, Any], before: Rows) -> Prediction | Writing | Segmentation:
     """A line as a row of the same kind as the rows before it; ValueError says what is wrong with it."""
     first = before[0] if before else None
-    if "text" in line:
-        if isinstance(first, Prediction):
-            raise ValueError("rows of texts and rows of scores do not go together")
-        return _writing(line, first)
-    if isinstance(first, Writing):
-        raise ValueError("rows of texts and rows of scores do not go together")
+    kind = Prediction if "text" not in line else Segmentation if "num_frames" in line else Writing
+    if first is not None and not isinstance(first, kind):
+        names = [name for row, name in _ROWS.items() if row in (kind, type(first))]
+        raise ValueError(f"{' and '.join(names)} do not go together")
+    if kind is not Prediction:
+        probes = None if first is None else sorted(first.probes)
+        return _segmentation(line, probes) if kind is Segmentation else _writing(line, probes)
+    assert first is None or isinstance(first, Prediction)
     prediction = _prediction(line, None if first is None else len(first.scores))
     if first is not None and (prediction.kind is None) != (first.kind is None):
         raise ValueError("rows of clips and rows of questions (with a kind) do not go together")
     return prediction
 
 
-def _writing(line: dict[str, Any], first: Writing | None) -> Writing:
+_ROWS: dict[type, str] = {Writing: "rows of texts", Segmentation: "rows of segments", Prediction: "rows of scores"}
+
+
+def _segmentation(line: dict[str, Any], known: list[str] | None) -> Segmentation:
+    for name in ("key", "text", "problem"):
+        if not isinstance(line.get(name), str):
+            raise ValueError(f"{name} is {line.get(name)!r:.60}, expected a text")
+    frames = line["num_frames"]
+    if not isinstance(frames, int) or isinstance(frames, bool) or not 0 < frames < 2**53:
+        raise ValueError(f"num_frames is {frames!r:.60}, expected a number of frames")
+    probes = line.get("probes", {})
+    if not isinstance(probes, dict) or not all(isinstance(probe, dict) for probe in probes.values()):
+        raise ValueError(f"probes is {probes!r:.60}, expected an object of objects")
+    if known is not None and sorted(probes) != known:
+        raise ValueError(f"has the probes {sorted(probes)}, the first row {known}")
+    for name, probe in probes.items():
+        for part in ("text", "problem"):
+            if not isinstance(probe.get(part), str):
+                raise ValueError(f"{part} of the probe {name!r} is {probe.get(part)!r:.60}, expected a text")
+    about = {name: str(line.get(name, "")) for name in ("kind", "video", "question")}
+    return Segmentation(
+        key=line["key"],
+        text=line["text"],
+        truth=_spans("truth", line.get("truth"), frames),
+        prediction=_spans("prediction", line.get("prediction"), frames),
+        num_frames=frames,
+        problem=line["problem"],
+        probes={
+            name: {**probe, "prediction": _spans(f"prediction of {name!r}", probe.get("prediction"), frames)}
+            for name, probe in probes.items()
+        },
+        **about,
+    )
+
+
+def _spans(name: str, value: Any, frames: int) -> list[Span]:
+    """Spans as JSON has them: lists of two whole numbers and a label."""
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {value!r:.60}, expected a list of [start, end, label]")
+    for span in value:
+        if not isinstance(span, list) or [type(part) for part in span] != [int, int, str]:
+            raise ValueError(f"{name} holds {span!r:.60}, expected [start, end, label]")
+    spans = [(start, end, label) for start, end, label in value]
+    problem = segments.what_is_wrong(spans)
+    if not problem and spans and spans[-1][1] > frames:
+        problem = f"{spans[-1][2]!r} ends at {spans[-1][1]}, but the video has {frames} frames"
+    if problem:
+        raise ValueError(f"{name}: {problem}")
+    return spans
+
+
+def _writing(line: dict[str, Any], known: list[str] | None) -> Writing:
     for name in ("key", "text"):
         if not isinstance(line.get(name), str):
             raise ValueError(f"{name} is {line.get(name)!r:.60}, expected a text")
@@ -150,8 +206,8 @@ def _writing(line: dict[str, Any], first: Writing | None) -> Writing:
         raise ValueError(f"references is {references!r:.60}, expected a list of texts")
     if not isinstance(probes, dict) or not all(isinstance(text, str) for text in probes.values()):
         raise ValueError(f"probes is {probes!r:.60}, expected an object of texts")
-    if first is not None and probes.keys() != first.probes.keys():
-        raise ValueError(f"has the probes {sorted(probes)}, the first row {sorted(first.probes)}")
+    if known is not None and sorted(probes) != known:
+        raise ValueError(f"has the probes {sorted(probes)}, the first row {known}")
     about = {name: str(line.get(name, "")) for name in ("kind", "video", "id", "question")}
     return Writing(key=line["key"], text=line["text"], references=references, probes=probes, **about)
 

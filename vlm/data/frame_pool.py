@@ -52,11 +52,6 @@ class Frames(NamedTuple):
     pixels: np.ndarray  # (n, …) as the reader gives them
     times: np.ndarray  # (n,) how many times each comes: more than once where the reader gave the same array again
 
-    @property
-    def count(self) -> int:
-        """Pictures, those that come again too."""
-        return int(self.times.sum())
-
 
 class End(NamedTuple):
     """All has come of the video items[at], or nothing of it counts since it cannot be read."""

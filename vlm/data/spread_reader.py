@@ -60,10 +60,6 @@ class SpreadReader:
             raise Again(self._pictures(video, error.count, warnings)) from error
 
     def described(self) -> dict[str, Any]:
-        """What decides over the pictures, JSON-able."""
+        """What decides over the pictures, JSON-able; copies are named by who asks for them."""
         said = {"num_frames": self.num_frames, "fill": self.fill, "sampling": "middle"}
-        return {
-            **said,
-            "pictures": pictures_of(self.prepare),
-            **({"augment": list(self.augment)} if self.augment else {}),
-        }
+        return {**said, "pictures": pictures_of(self.prepare)}

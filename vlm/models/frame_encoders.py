@@ -147,6 +147,23 @@ def load_clip(
     return ClipFrames(model, width=width, prepare=prepare, mean=mean, std=std, states=states, pools=pools)
 
 
+class Sizes(NamedTuple):
+    """Of an image encoder."""
+
+    layers: int
+    width: int  # of their states
+
+
+def clip_sizes(folder: Path) -> Sizes:
+    """What the config.json of a folder of CLIP says. UserError: see `load_clip`."""
+    config = _read(folder / "config.json")
+    config = config.get("vision_config") or config
+    sizes = config.get("num_hidden_layers", 12), config.get("hidden_size", 768)  # transformers' own where none are said
+    if not all(isinstance(size, int) for size in sizes):
+        raise UserError(f"{folder}: config.json says num_hidden_layers, hidden_size {sizes}, which are no numbers")
+    return Sizes(*sizes)
+
+
 def _read(file: Path) -> dict[str, Any]:
     if not file.parent.is_dir():
         raise UserError(

@@ -58,7 +58,7 @@ def dialogue_lengths(
             of = of or [(row, rows[name]) for row, _, rows in found if name in rows]
             beyond = np.array([length.rest - words[row] for row, length in of], np.int64)
             if name == "conversations":
-                more = _above(np.array([parts[row] for row, _ in of]), beyond, parts)
+                more = above(np.array([parts[row] for row, _ in of]), beyond, parts)
             else:
                 more = np.full(len(shards), np.sort(beyond)[len(beyond) // 2] if of else 0)
             lead = max((length.lead for _, length in of), default=0)
@@ -84,10 +84,10 @@ def _estimated(
     known = [(row, sum(part.lead + part.rest for part in rows.values())) for row, rows in found if rows]
     cuts = [sum(part.lead + most[name] for name, part in rows.items()) for _, rows in found if rows]
     at, of = (np.array(values, np.int64) for values in zip(*known)) if known else (np.zeros(0, np.int64),) * 2
-    return np.clip(_above(characters[at], of, characters), 1, max(cuts, default=None))
+    return np.clip(above(characters[at], of, characters), 1, max(cuts, default=None))
 
 
-def _above(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+def above(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Whole numbers at `at` on the line of least squares through (x, y), raised until no point is above it; where all
     points have one x, on the line through the origin."""
     if not len(x):

@@ -35,7 +35,8 @@ class Pipeline(Protocol):
 
     @property
     def members(self) -> tuple[str, ...]:
-        """What is read of a record, beside its annotation."""
+        """What is read of a record, beside its annotation. Where `drawn_members(rng)` is there too, that says what is
+        read in training, and `train` gets a generator of the same seed."""
 
     def parts(self, shards: ShardSet) -> np.ndarray | None: ...
 
@@ -122,10 +123,11 @@ class TrainDataset:
             samples = self.stream.sets[placed.source].samples
             row, part = samples.locate(placed.sample)
             tries = _Tries(watch)
+            seed = derive_seed("sample", self.stream.seed, position, *((slot,) if slot else ()))
             try:
-                record = read_watched(samples.shards, row, self.pipeline.members, tries, f"{position}.{slot}.{attempt}")
-                rng = SampleRng(derive_seed("sample", self.stream.seed, position, *((slot,) if slot else ())))
-                examples = self.pipeline.train(record, rng, Visit(part, placed.epoch, self.views))
+                members = self._members(seed)
+                record = read_watched(samples.shards, row, members, tries, f"{position}.{slot}.{attempt}")
+                examples = self.pipeline.train(record, SampleRng(seed), Visit(part, placed.epoch, self.views))
             except (DecodeError, ShardError) as error:
                 if isinstance(error, (ShardGoneError, ShardChangedError)) and self.gone == "stop":
                     raise _gone(error) from error
@@ -143,6 +145,10 @@ class TrainDataset:
             "reasons are the recipe's, set it otherwise; if they are the files', look at the storage, or make the "
             "shards with tools/make_shards.py without --no-check, which leaves such records out"
         )
+
+    def _members(self, seed: int) -> Sequence[str]:
+        draw = getattr(self.pipeline, "drawn_members", None)
+        return self.pipeline.members if draw is None else draw(SampleRng(seed))
 
 
 class _Tries:

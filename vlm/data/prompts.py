@@ -40,6 +40,9 @@ class PromptEncoder:
     tokenizer: Tokenizer
     num_video_tokens: int
     """Places that a `Video()` takes (N); 0: none, for models that read text alone."""
+    video_words: tuple[int, ...] = (0,)
+    """Ids in the place of a video: that which fills its places, and where it has marks (three ids), that which stands
+    before it and that which stands after it."""
     max_length: int | None = None
     """Longest row, begin and end token included; None: rows may be of any length."""
     overflow: Literal["shorten", "tail"] = "shorten"
@@ -68,7 +71,9 @@ class PromptEncoder:
         pieces = [] if self.tokenizer.bos is None else [_Piece(ids=[self.tokenizer.bos])]
         for run in _runs(prompt):
             if isinstance(run, Video):
-                pieces.append(_Piece(ids=[0] * self.num_video_tokens, video=True))
+                fill, *marks = self.video_words
+                ids = [*marks[:1], *[fill] * self.num_video_tokens, *marks[1:]]
+                pieces.append(_Piece(ids=ids, video=True, skip=int(bool(marks))))
             elif isinstance(run, Control):
                 token = self.tokenizer.bos if run.token == "begin" else self.tokenizer.eos
                 pieces.append(_Piece(ids=[] if token is None else [token], learn=run.learn))
@@ -160,8 +165,8 @@ def _join(pieces: list[_Piece], dropped: int, excess: int) -> Tokens:
     labels: list[int] = []
     video = marked = (0, 0)
     for piece in pieces:
-        if piece.video and piece.ids:
-            video = (len(ids), len(ids) + len(piece.ids))
+        if piece.video and len(piece.ids) > 2 * piece.skip:
+            video = (len(ids) + piece.skip, len(ids) + len(piece.ids) - piece.skip)
         if piece.mark and piece.ids:
             marked = (len(ids), len(ids) + len(piece.ids))
         ids += piece.ids

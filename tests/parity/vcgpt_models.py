@@ -15,16 +15,27 @@ from vlm.models.video_chatgpt import VideoChatGpt, VideoChatGptConfig
 from vlm.types import IGNORE, Batch, TextRows
 
 LOSS = {"rtol": 0.0, "atol": 1e-5}
-LOGITS = {"rtol": 0.0, "atol": 2e-5}
+LOGITS = {"rtol": 0.0, "atol": 5e-5}
 GRADIENTS = {"rtol": 0.0, "atol": 1e-5}
-NORMS = {"rtol": 1e-5, "atol": 1e-7}
+NORMS = {"rtol": 3e-5, "atol": 1e-7}
 
 PARTS = ("embeddings", "first_layer", "last_layer", "norm", "lm_head")
 EMBEDDING = "llm.model.embed_tokens.weight"
 
 
-def build(c: Mapping[str, Any], state: Mapping[str, Tensor], places: int, **settings: Any) -> VideoChatGpt:
-    """A recorded model, in evaluation mode."""
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 20,
+    "rms_norm_eps": 1e-6,
+    "mm_hidden_size": 8,
+}
+
+
+def config_of(c: Mapping[str, Any], places: int, **settings: Any) -> VideoChatGptConfig:
+    """Our settings for a recorded model."""
     llama = LlamaBaseConfig(
         dim=c["hidden_size"],
         layers=c["num_hidden_layers"],
@@ -33,7 +44,12 @@ def build(c: Mapping[str, Any], state: Mapping[str, Tensor], places: int, **sett
         vocab_size=c["vocab_size"],
         norm_eps=c["rms_norm_eps"],
     )
-    config = VideoChatGptConfig(llama=llama, frame_dim=c["mm_hidden_size"], num_video_tokens=places, **settings)
+    return VideoChatGptConfig(llama=llama, frame_dim=c["mm_hidden_size"], num_video_tokens=places, **settings)
+
+
+def build(c: Mapping[str, Any], state: Mapping[str, Tensor], places: int, **settings: Any) -> VideoChatGpt:
+    """A recorded model, in evaluation mode."""
+    config = config_of(c, places, **settings)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the frozen LLaMA has RANDOM weights")  # they are replaced
         model = config.build()

@@ -136,7 +136,10 @@ def write(options: argparse.Namespace, progress: ProgressLine, ranks: Executor |
         "root": str(options.root),
         "annotations": [str(file) for file in options.annotations],
     }
-    items = load_source(options.source).read(options.root, options.split, options.annotations)
+    source = load_source(options.source)
+    items = source.read(options.root, options.split, options.annotations)
+    if notes := source_notes(options):
+        arguments["notes"] = notes
     if options.features:
         files = open_tensor_files(options.features)
         items = with_tensors(items, files)
@@ -156,6 +159,12 @@ def write(options: argparse.Namespace, progress: ProgressLine, ranks: Executor |
         task=find_task(options),
         progress=progress,
     )
+
+
+def source_notes(options: argparse.Namespace) -> dict[str, Any]:
+    """What a source says of the split as a whole, for the manifest: name -> facts, with a `warning` for the user."""
+    say = getattr(load_source(options.source), "notes", None)
+    return say(options.root, options.split, options.annotations) if say is not None else {}
 
 
 def _write_with_ranks(options: argparse.Namespace, progress: ProgressLine) -> Written | None:
@@ -183,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     progress.close()
     if written is not None:
+        for note in written.manifest.get("arguments", {}).get("notes", {}).values():
+            print(f"make_shards: {note['warning']}", file=sys.stderr)
         print(summary(written))
     return 0
 

@@ -7,9 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from vlm.sources.breakfast import ACTIONS, ACTIVITIES, BACKGROUND, TEST_PERSONS, UNCLASSED, read
+from vlm.sources.breakfast import ACTIONS, ACTIVITIES, BACKGROUND, TEST_PERSONS, UNCLASSED, notes, read
 from vlm.sources.common_chat import make_chat
+from vlm.sources.common_fork import fork_split
 from vlm.sources.common_segments import read_bundle, read_mapping, read_segments
 from vlm.sources.common_tables import BadCell
 from vlm.types import Rejected, Sample, UserError
@@ -193,3 +196,126 @@ def test_real_spans_agree_with_labels_of_frames(realdata: Path, tmp_path: Path) 
     with pytest.raises(BadCell, match=r"row 1: '1-0 SIL' is not|frames 1 to 0 are none"):
         (tmp_path / "wrong.labels").write_text(rows[0]["pred"])
         read_segments(tmp_path / "wrong.labels", CLASSES)
+
+
+WRITTEN = """Format 1:
+
+Q: Can you describe the segments in the video?
+A:
+1 - 30 SIL
+\tThe person performs SIL carefully.
+30 - 150 take_bowl
+\tHe uses 2 hands, or 2 to 3 fingers.
+
+Format 2:
+Q: What is happening between 30 and 150?
+A: He performs take_bowl at frame 45 with 1 hand.
+Q: Which sound?
+"""
+
+
+def test_questions_that_a_language_model_wrote(tmp_path: Path) -> None:
+    videos = "LLM/Breakfast/Videos/BreakfastII_15fps_qvga_sync"
+    files = {f"{videos}/P03/cam01/P03_cereals.avi": "v", f"{videos}/P03/cam01/P03_cereals.avi.labels": SPANS}
+    files |= {f"{videos}/P03/stereo/P03_tea_ch1.avi": "v", f"{videos}/P03/stereo/P03_tea_ch1.avi.labels": "1-9 SIL\n"}
+    files |= {"LLM/Breakfast/Breakfast/P03/cam01/P03_cereals.avi.labels": WRITTEN}
+    write(tmp_path, files)
+    root, folder = tmp_path / "LLM" / "Breakfast", tmp_path / "LLM" / "Breakfast" / "Breakfast"
+    found = samples(root)
+    rows = [row for row in found[NAME].annotation["chat"] if row["kind"] == "written"]
+    assert rows == [
+        {
+            "kind": "written",
+            "question": "Can you describe the segments in the video?",
+            "answer": "<t:0>-<t:30> SIL\nThe person performs SIL carefully.\n<t:30>-<t:150> take bowl\n"
+            "He uses 2 hands, or 2 to 3 fingers.",
+        },
+        {
+            "kind": "written",
+            "question": "What is happening between <t:30> and <t:150>?",
+            "answer": "He performs take bowl at frame <t:44> with 1 hand.",
+        },
+    ]
+    assert found[NAME].warnings[-1].endswith("row 13: 'Which sound?' has no answer")
+    stereo = found["P03_stereo01_P03_tea"]
+    assert "written" not in {row["kind"] for row in stereo.annotation["chat"]}
+    assert stereo.warnings == ()
+    given = samples(root, "all", folder)  # whoever names the folder hears of what is not in it
+    assert given[NAME] == found[NAME]
+    assert given[stereo.key].warnings == (f"no questions about 'P03_stereo01_P03_tea' in {folder}",)
+    write(tmp_path, {"LLM/Breakfast/Breakfast/P03/stereo/P03_tea_ch0.avi.labels": "Q: What?\nA: Tea.\n"})
+    assert samples(root)[stereo.key].annotation["chat"][-1]["answer"] == "Tea."  # of the other channel
+
+
+def test_the_forks_split_says_how_much_it_leaks(tmp_path: Path) -> None:
+    videos = [f"P03/{camera}/P03_tea.avi" for camera in ("cam01", "cam02", "webcam01")]
+    videos += [f"P03/stereo/P03_{what}_ch{channel}.avi" for what in ("tea", "milk") for channel in (0, 1)]
+    videos += ["P04/cam01/P04_milk.avi", "P04/cam01/P04_milk_flip.avi"]
+    files = dict.fromkeys(videos, "v") | {f"{video}.labels": "1-9 SIL\n" for video in videos if "ch0" not in video}
+    root = write(tmp_path, files)
+    test = [
+        "/P03/cam02/P03_tea.avi",
+        "/P03/stereo/P03_milk_ch0.avi",
+        "/P04/cam01/P04_milk.avi",
+        "/P04/cam02/P04_tea.avi",
+    ]
+    listed = write(tmp_path, {"valid.txt": "\n".join(test) + "\n"}) / "valid.txt"
+    items = list(read(root, "test.fork"))
+    assert [item.key for item in items] == [
+        "P03_cam02_P03_tea",
+        "P03_stereo01_P03_milk_ch0",
+        "P04_cam01_P04_milk",
+        "P04_cam02_P04_tea",
+    ]
+    assert isinstance(items[3], Rejected)
+    assert isinstance(items[1], Sample)
+    assert items[1].video == root / "P03/stereo/P03_milk_ch0.avi"  # with the labels of the other channel
+    train = samples(root, "train.fork", listed)
+    assert list(train) == [
+        "P03_cam01_P03_tea",
+        "P03_stereo01_P03_milk_ch1",
+        "P03_stereo01_P03_tea_ch0",
+        "P03_stereo01_P03_tea_ch1",
+        "P03_webcam01_P03_tea",
+    ]
+    assert [sample.video for sample in train.values()] == [
+        root / video for video in (videos[0], videos[6], *videos[3:5], videos[2])
+    ]
+    (leak,) = notes(root, "test.fork").values()
+    assert leak.pop("warning").startswith("the published fork's split leaks: 2 of 4 test videos show a performance")
+    assert leak == {
+        "test_videos": 4,
+        "same_performance_in_training": 2,
+        "stereo_videos": 1,
+        "other_channel_in_training": 1,
+    }
+    assert notes(root, "test.split1") == {}
+    (root / "valid.txt").write_text("/P03/cam02/P03_tea.avi\nP03_tea\n")
+    with pytest.raises(UserError, match=r"valid\.txt row 2: 'P03_tea' is not a path"):
+        list(read(root, "train.fork"))
+    (root / "valid.txt").unlink()
+    with pytest.raises(UserError, match="the fork's split is a list of test videos"):
+        list(read(root, "train.fork"))
+
+
+def test_the_forks_own_list(realdata: Path, tmp_path: Path) -> None:
+    split = fork_split(tmp_path, [realdata / "annotations" / "breakfast" / "video_paths_valid.txt"], [])
+    assert len(split.test) == 498
+    assert len({take.person for take in split.test}) == 52  # everybody
+    assert sum(bool(take.channel) for take in split.test) == 142
+
+
+def test_features_stand_for_a_video(tmp_path: Path) -> None:
+    root = write(tmp_path, {f"groundTruth/{name}.txt": "SIL\nSIL\n" for name in (NAME, "P03_cam02_P03_tea")})
+    file = tmp_path / "pooled.safetensors"
+    tensors = {f"clip_pooled/{NAME}": torch.ones(4, 3).half()}
+    save_file(tensors, file, metadata={"settings": json.dumps({"tensors": {"clip_pooled": {}}})})
+    sample, rejected = read(root, "all", [file])
+    assert isinstance(sample, Sample)
+    assert isinstance(rejected, Rejected)
+    assert sample.video is None
+    assert list(sample.members) == ["clip_pooled.safetensors"]
+    assert sample.annotation["num_frames"] == 2
+    assert len(sample.warnings) == 1
+    assert f"no video of '{NAME}'" in sample.warnings[0]
+    assert "no video of 'P03_cam02_P03_tea'" in rejected.reason

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlm.sources.common_segments import read_mapping
-from vlm.sources.salads import ACTIONS, read
+from vlm.sources.salads import ACTIONS, notes, read
 from vlm.types import Rejected, Sample, UserError
 
 NAME = "rgb-01-1"
@@ -169,3 +169,25 @@ def test_real_original_labels_agree_with_those_of_frames(name: str, realdata: Pa
     for (start, _, _), (_, length) in zip(found, truth):
         assert math.isclose(start, begin, abs_tol=30), (start, begin)  # a second of dropped frames at most
         begin += length
+
+
+def test_questions_about_the_salad(tmp_path: Path) -> None:
+    sample = only(original(tmp_path))
+    chat = sample.annotation["chat"]
+    assert sample.annotation["name"] == "making salads"
+    assert chat[0]["question"] == "List down all the segments. action is making salads"
+    assert chat[0]["answer"].splitlines()[:2] == ["<t:0>-<t:2> action start", "<t:2>-<t:5> cut tomato"]
+    assert not any("action start" in row["answer"] for row in chat if row["kind"] in ("order", "counts"))
+    written = write(tmp_path / "s50", {NAME: "Q: Which segments?\nA:\n1 - 2 x\n3-5 cut_tomato\n"})
+    row = only(tmp_path, "all", written).annotation["chat"][-1]
+    assert row == {"kind": "written", "question": "Which segments?", "answer": "<t:0>-<t:2> x\n<t:2>-<t:5> cut tomato"}
+
+
+def test_the_forks_split(tmp_path: Path) -> None:
+    for name in ("rgb-01-1", "rgb-01-2", "rgb-02-2", "rgb-03-2"):
+        write(tmp_path, {f"{name}.avi": "v", f"groundTruth/{name}.txt": "cut_tomato\n"})
+    assert [item.key for item in read(tmp_path, "test.fork")] == ["rgb-01-2", "rgb-03-2"]
+    assert [item.key for item in read(tmp_path, "train.fork")] == ["rgb-01-1", "rgb-02-2"]
+    leak = notes(tmp_path, "train.fork")["leak"]
+    assert (leak["test_videos"], leak["same_person_in_training"]) == (2, 1)
+    assert notes(tmp_path, "all") == {}

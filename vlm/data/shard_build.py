@@ -197,10 +197,26 @@ def _load(
             warned += info.warnings
             facts["decoders"] = list(check_decoders(data, info))
             facts.update({name: getattr(info, name) for name in ("num_frames", "fps", "duration", "width", "height")})
+            warned += _misfit(annotation, info.num_frames)
     for name, source in sorted(item.get("members", {}).items()):
         members[name] = (name, _read_member(name, source))
     members["json"] = ("json", to_json(annotation))
     return members, facts, [*item.get("warnings", ()), *warned]
+
+
+def _misfit(annotation: Mapping[str, Any], num_frames: int) -> list[str]:
+    """What the segments of an annotation lack or have too much of, seen by the frames that there are."""
+    segments = annotation.get("segments")
+    if not segments:
+        return []
+    last, name = segments[-1]["end"], segments[-1]["name"]
+    if last < num_frames:
+        return [f"segments end at frame {last} of {num_frames}: the last {num_frames - last} are in none"]
+    beyond = [part for part in segments if part["start"] >= num_frames]
+    if last == num_frames:
+        return []
+    lost = f", and {len(beyond)} of them begin only there, {beyond[0]['name']!r} first" if beyond else f" ({name!r})"
+    return [f"segments end at frame {last}, but the video has {num_frames}: what is beyond counts as its end{lost}"]
 
 
 def _load_video(item: Mapping[str, Any], settings: Settings) -> tuple[str, bytes, list[str]]:

@@ -160,3 +160,31 @@ def with_tensors(items: Iterable[Sample | Rejected], files: Sequence[TensorFile]
                 lost = file.tensors.keys() - {name.partition(".")[0] for name in members}
                 item.warnings += tuple(f"no {name} of this video in {file.place}" for name in sorted(lost))
         yield item
+
+
+# Files of either kind among a source's annotations ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenFeatures:
+    """The features among the annotations of a source whose records need no video where they have features."""
+
+    frames: FeatureFile | None
+    tensors: tuple[TensorFile, ...]
+
+    def add_to(self, sample: Sample, fps: float) -> None:
+        """Gives a sample its members, and warnings for those that it has not. `fps`: of features of frames, where their
+        file does not say it."""
+        if self.frames is not None and (lacking := self.frames.add_to(sample, fps)):
+            sample.warnings += (lacking,)
+        for _ in with_tensors((sample,), self.tensors):
+            pass
+
+
+def take_features(annotations: Sequence[Path]) -> tuple[list[Path], GivenFeatures]:
+    """(the other annotations, the features). UserError: a file cannot be read, or two hold features of one name."""
+    others = [path for path in annotations if not is_features(path) or path.is_dir()]
+    files = [path for path in annotations if path not in others]
+    named = [file for file in files if read_settings(file).get("tensors", {}).keys() - {"features"}]
+    frames = open_features([file for file in files if file not in named])
+    return others, GivenFeatures(frames=frames, tensors=tuple(open_tensor_files([str(file) for file in named])))

@@ -34,6 +34,14 @@ _MOMENT = re.compile(r"(\b(?:at|around|until|after|before|from|since)\s+)(\d+)\b
 _LABEL = re.compile(r"(?<=[A-Za-z0-9])_(?=[A-Za-z0-9])")
 
 
+def is_written(file: Path) -> bool:
+    """Whether a file holds questions, and not labels."""
+    try:
+        return any(_QUESTION.fullmatch(line) for line in read_text(file).splitlines())
+    except UserError:
+        return False
+
+
 def read_written(file: Path, segments: Sequence[Mapping[str, Any]]) -> tuple[list[Row], tuple[str, ...]]:
     """(rows of kind "written", warnings) of a file about the video of these segments."""
     try:

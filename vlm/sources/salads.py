@@ -6,7 +6,8 @@ Labels in either form: MS-TCN's `groundTruth/rgb-01-1.txt`, a label a frame, or 
 lowest is taken, without its phases (`_prep`, `_core`, `_post`): the 17 actions of MS-TCN, between `action_start` and
 `action_end`. Videos are `rgb-01-1.avi`, found below the root by name.
 
-Splits are MS-TCN's lists (`train.split1` … `test.split5`), or `all`.
+Splits are MS-TCN's lists (`train.split1` … `test.split5`), or `all`; `train.fork` and `test.fork` are those of the
+published fork of Video-ChatGPT, which leak (`common_fork`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from vlm.sources.common import VideoFinder, read_text
-from vlm.sources.common_chat import make_chat
-from vlm.sources.common_segments import ALL, Segment, open_tree, read_segments, segment
+from vlm.sources.common_chat import Row, make_chat
+from vlm.sources.common_features import take_features
+from vlm.sources.common_fork import SALADS_TEST, salads_leak_of
+from vlm.sources.common_fork import SPLITS as FORK_SPLITS
+from vlm.sources.common_segments import ALL, Segment, Tree, open_tree, read_segments, segment
 from vlm.sources.common_tables import BadCell
+from vlm.sources.common_written import is_written, read_written
 from vlm.types import Rejected, Sample, UserError
 
 ACTIONS = (
@@ -30,29 +36,74 @@ ACTIONS = (
     "action_start", "action_end",
 )  # fmt: skip
 
+_WRITTEN = ("LLM/50Salads", "LLM")
 _FOLDERS = ("groundTruth", "activityAnnotation", "ann-ts/activityAnnotation")
 _ORIGINAL = "-activityAnnotation"
 _PHASES = ("prep", "core", "post")
 _HIGH = ("cut_and_mix_ingredients", "prepare_dressing", "serve_salad")  # the highest level, left out
 _ROW = re.compile(r"(\d+)\s+(\d+)\s+(\S+)")
 _START, _END = ACTIONS[-2:]
+FPS = 30.0
 ACTIVITY = "making salads"  # as the published question for segments says it
 
 
 def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[Sample | Rejected]:
-    """Samples with `segments`; the key is MS-TCN's name of the video.
+    """Samples with `segments` and `chat`; the key is MS-TCN's name of the video.
 
     Args:
         root: the folder of the dataset.
-        split: the name of a list in `{root}/splits`, or all.
-        annotations: folders of labels, a list (`.bundle`) and `mapping.txt`, each instead of that under `root`.
+        split: the name of a list in `{root}/splits`, all, or train.fork and test.fork.
+        annotations: folders of labels, a list (`.bundle`) and `mapping.txt`, each instead of that under `root`; a
+            folder of questions that a language model wrote (files `rgb-01-1`); features.
 
     Raises UserError for a file that is missing or damaged as a whole.
     """
-    tree = open_tree(root, split, annotations, folders=_FOLDERS, classes=ACTIONS)
-    if tree.bundle is None and split != ALL:
-        raise UserError(f"{root} has no list splits/{split}.bundle: give it with --annotations, or take the split all")
+    annotations, features = take_features(annotations)
+    written = [path for path in annotations if _is_written(path)]
+    tree = _open(root, split, [path for path in annotations if path not in written])
     finder = VideoFinder(root)
+    files = _files(root, tree)
+    for name in _names(split, tree, files):
+        try:
+            if name not in files:
+                raise BadCell(f"{tree.bundle}: no labels of {name!r} in {', '.join(map(str, tree.folders))}")
+            segments, warnings = _segments(files[name], tree.classes)
+            chat, warned = _chat(name, segments, written or [root / place for place in _WRITTEN], bool(written))
+            video = finder.find(name)
+            sample = Sample(
+                key=name,
+                video=video if isinstance(video, Path) else None,
+                annotation={"name": ACTIVITY, "segments": segments, "chat": chat},
+                warnings=(*(() if isinstance(video, Path) else (video,)), *warnings, *warned),
+            )
+            features.add_to(sample, FPS)
+            if isinstance(video, str) and not sample.members:
+                raise BadCell(video)
+            if isinstance(video, str):  # the times of questions are parts of a whole
+                sample.annotation["num_frames"] = segments[-1]["end"]
+        except BadCell as error:
+            yield Rejected(name, str(error), str(files.get(name, name)))
+            continue
+        yield sample
+
+
+def notes(root: Path, split: str, annotations: Sequence[Path] = ()) -> dict[str, Any]:
+    """What a user should know of a split as a whole: how much the fork's leaks."""
+    if split not in FORK_SPLITS:
+        return {}
+    others = [path for path in take_features(annotations)[0] if not _is_written(path)]
+    return {"leak": salads_leak_of(_files(root, _open(root, split, others)))}
+
+
+def _open(root: Path, split: str, annotations: Sequence[Path]) -> Tree:
+    tree = open_tree(root, split, annotations, folders=_FOLDERS, classes=ACTIONS)
+    if tree.bundle is None and split not in (ALL, *FORK_SPLITS):
+        raise UserError(f"{root} has no list splits/{split}.bundle: give it with --annotations, or take the split all")
+    return tree
+
+
+def _files(root: Path, tree: Tree) -> dict[str, Path]:
+    """Name of a video -> the file of its labels."""
     files: dict[str, Path] = {}
     for file in sorted(file for folder in reversed(tree.folders) for file in folder.glob("*.txt")):
         name = f"rgb-{file.stem.removesuffix(_ORIGINAL)}" if file.stem.endswith(_ORIGINAL) else file.stem
@@ -60,20 +111,31 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
             files[name] = file
     if not files:
         raise UserError(f"{root} has no labels ({', '.join(_FOLDERS)}): give their folder with --annotations")
-    for name in tree.names or sorted(files):
-        try:
-            if name not in files:
-                raise BadCell(f"{tree.bundle}: no labels of {name!r} in {', '.join(map(str, tree.folders))}")
-            segments, warnings = _segments(files[name], tree.classes)
-            video = finder.find(name)
-            if isinstance(video, str):
-                raise BadCell(video)
-        except BadCell as error:
-            yield Rejected(name, str(error), str(files.get(name, name)))
-            continue
-        chat = make_chat(name, segments, ACTIVITY, background=(_START, _END))
-        annotation = {"name": ACTIVITY, "segments": segments, "chat": chat}
-        yield Sample(key=name, video=video, annotation=annotation, warnings=warnings)
+    return files
+
+
+def _names(split: str, tree: Tree, files: Mapping[str, Path]) -> Sequence[str]:
+    if split in FORK_SPLITS:
+        return [name for name in sorted(files) if (name in SALADS_TEST) == (split == FORK_SPLITS[1])]
+    return tree.names or sorted(files)
+
+
+def _is_written(folder: Path) -> bool:
+    found = next(folder.glob("rgb-*"), None) if folder.is_dir() else None
+    return found is not None and found.is_file() and is_written(found)
+
+
+def _chat(
+    name: str, segments: Sequence[Segment], folders: Sequence[Path], given: bool
+) -> tuple[list[Row], tuple[str, ...]]:
+    rows = make_chat(name, segments, ACTIVITY, background=(_START, _END))
+    file = next(
+        (file for folder in folders for end in ("", ".txt") if (file := folder / f"{name}{end}").is_file()), None
+    )
+    if file is None:
+        return rows, (f"no questions about {name!r} in {', '.join(map(str, folders))}",) if given else ()
+    written, warnings = read_written(file, segments)
+    return [*rows, *written], warnings
 
 
 def _segments(file: Path, classes: Mapping[str, int]) -> tuple[list[Segment], tuple[str, ...]]:

@@ -23,9 +23,8 @@ from typing import Any
 import av
 import numpy as np
 
-from vlm.sources.common_chat import make_chat
-from vlm.sources.common_features import is_features, open_features
-from vlm.sources.common_shapes import CLASSES, COLOURS, HEIGHT, SPLITS, WIDTH, Clip, plan
+from vlm.sources.common_features import take_features
+from vlm.sources.common_shapes import CLASSES, COLOURS, HEIGHT, SPLITS, WIDTH, Clip, as_chat, plan
 from vlm.types import Rejected, Sample, UserError
 
 FORMAT = "moving-shapes/2"  # raise the number when the same arguments would render something else
@@ -182,7 +181,7 @@ def render(
 
 
 def read(root: Path, split: str, annotations: Sequence[Path]) -> Iterator[Sample | Rejected]:
-    """The samples of a rendered split, in the order of its annotation file.
+    """The samples of a rendered split, in the order of its file; sequences have `chat` in place of questions.
 
     With features a sample has `features.npy`, and beside what `render` wrote the names that questions about videos
     have: `video`, `captions` and a question's `id`.
@@ -195,8 +194,8 @@ def read(root: Path, split: str, annotations: Sequence[Path]) -> Iterator[Sample
     Raises UserError where a file is missing or is not one that `render` wrote; a sample whose video is missing is
     Rejected.
     """
-    features = open_features([file for file in annotations if is_features(file)])
-    for path in [file for file in annotations if not is_features(file)] or [_paths(root, split)[1]]:
+    files, features = take_features(annotations)
+    for path in files or [_paths(root, split)[1]]:
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file, so split {split!r} cannot be read; render it with "
@@ -211,19 +210,11 @@ def read(root: Path, split: str, annotations: Sequence[Path]) -> Iterator[Sample
                 yield Rejected(key, f"{path}: the video {video} of {key!r} does not exist", str(video))
                 continue
             if "segments" in item:
-                item = _as_chat(key, item)
+                item = as_chat(key, item)
             sample = Sample(key=key, video=video, annotation=item)
-            if features is not None:
+            if features.frames is not None:
                 item |= {"video": key, "captions": {"shapes": item["caption"]}}
-                item["questions"] = [{"id": str(at), **question} for at, question in enumerate(item["questions"])]
-                lacking = features.add_to(sample, FEATURE_FPS)
-                sample.warnings = (lacking,) if lacking else ()
+                asked = [{"id": str(at), **question} for at, question in enumerate(item.get("questions", ()))]
+                item |= {"questions": asked} if asked else {}
+            features.add_to(sample, FEATURE_FPS)
             yield sample
-
-
-def _as_chat(key: str, item: dict[str, Any]) -> dict[str, Any]:
-    """A sequence's annotation with `name` (its activity) and `chat`; segments have the words that captions have."""
-    activity = f"moving a {item['attributes']['shape']}"
-    segments = [part | {"name": CLASSES[part["label"]].words} for part in item["segments"]]
-    item = {name: value for name, value in item.items() if name not in ("questions", "conversations")}
-    return item | {"name": activity, "segments": segments, "chat": make_chat(key, segments, activity)}

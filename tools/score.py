@@ -6,6 +6,9 @@ python tools/score.py runs/gebc --spice corenlp     captions: by SPICE too (docs
 python tools/score.py runs/gebc_test --submission gebc.zip      what the boundary captioning challenge takes; the same
                                                     for the run on the other split adds it to the file;
                                                     --boundaries test_timestamp.json: no boundary is missing
+python tools/score.py --segments groundTruth results    labels of frames in files of others, as MS-TCN's evaluation
+                                                    takes them; --list test.split1.bundle: of these videos
+python tools/score.py --segments Predictions_Breakfast.json     texts of "Video Llama on Breakfast" (docs/segments.md)
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ from pathlib import Path
 
 from vlm.config import differences
 from vlm.files import write_json
-from vlm.metrics import submission
+from vlm.metrics import segments, submission
+from vlm.metrics.segments import BACKGROUND
 from vlm.run.run_folder import kinds_of, metrics_of, read_json, read_predictions
+from vlm.run.segment_files import read_frames, read_texts
 from vlm.types import UserError, Writing
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("run", type=Path, metavar="RUN", nargs="?", help="folder of a run")
     parser.add_argument("--check", action="store_true", help="only compare metrics.json with the predictions")
     parser.add_argument(
         "--spice", type=Path, metavar="DIR", help="score captions by SPICE too, with the CoreNLP 3.6.0 in DIR"
@@ -35,8 +40,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--boundaries", type=Path, metavar="JSON", help="the split's annotation: all its boundaries are submitted"
     )
+    parser.add_argument(
+        "--segments", type=Path, nargs="+", metavar="PATH", help="segmentations of others: two folders, or a JSON file"
+    )
+    parser.add_argument(
+        "--list", type=Path, metavar="BUNDLE", help="the videos that count; one without a prediction is all wrong"
+    )
+    parser.add_argument(
+        "--background",
+        nargs="*",
+        default=BACKGROUND,
+        metavar="LABEL",
+        help="labels that count in MoF alone, as bg_class of MS-TCN's evaluation (default: background)",
+    )
     args = parser.parse_args(arguments)
     try:
+        if args.segments is not None:
+            return others(args)
+        if args.run is None:
+            raise UserError("give the folder of a run, or --segments with files of others")
+        if args.list is not None or args.background is not BACKGROUND:
+            raise UserError("--list and --background are said of files of others; give --segments too")
         if args.submission is not None and args.check:
             raise UserError(
                 "--check only compares and writes nothing, --submission writes a file: leave one of them out"
@@ -67,6 +91,32 @@ def score(run: Path, check: bool, spice: Path | None = None) -> int:
         return 1
     write_json(path, metrics)
     print(f"{path}: written (before: {wrong})")
+    return 0
+
+
+def others(args: argparse.Namespace) -> int:
+    """Print what segmentations in files of others are worth. Nothing is written."""
+    given = {name: getattr(args, name) for name in ("run", "check", "spice", "submission", "boundaries")}
+    for name, value in given.items():
+        if value:
+            raise UserError(f"--segments prints figures of files of others, and {name} is said of a run: leave one out")
+    if len(args.segments) > 2:
+        raise UserError("--segments takes the folders of truth and predictions, or a JSON file that has both")
+    texts = None
+    if len(args.segments) == 2:
+        rows, notes = read_frames(*args.segments, args.list)
+    elif args.segments[0].is_dir():
+        raise UserError(f"--segments {args.segments[0]}: give the folder of the truth, then that of the predictions")
+    else:
+        if args.list is not None:
+            raise UserError("--list is said of folders of labels of frames, not of a JSON file")
+        (rows, texts), notes = read_texts(args.segments[0]), []
+    notes += [f"{row.key}: {row.problem}: scored as an empty prediction" for row in rows if row.problem]
+    for note in notes[:20]:
+        print(note, file=sys.stderr)
+    if len(notes) > 20:
+        print(f"… and {len(notes) - 20} more", file=sys.stderr)
+    print(json.dumps(segments.score(rows, tuple(args.background), texts), indent=1))
     return 0
 
 

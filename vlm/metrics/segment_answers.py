@@ -5,9 +5,9 @@
     border = "0" / ( "1" … "9" ) *( "0" … "9" )
     label  = word *( " " word )
 
-A word is anything without blanks; blanks around the whole answer are not part of it. Borders are those of the time
-axis, 0 … T; each line begins before it ends, and not before the line above ends. Nothing else may stand in an answer:
-one line that is not of this form, and nothing of it counts.
+A word is anything without blanks that does not begin as a line does; blanks around the whole answer are not part of it.
+Borders are those of the time axis, 0 … T; each line begins before it ends, and not before the line above ends. Nothing
+else may stand in an answer: one line that is not of this form, and nothing of it counts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 from vlm.types import Span
 
 _LINE = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*) (\S+(?: \S+)*)\s*")
+_SECOND = re.compile(r"(?:^| )[0-9]+-[0-9]")
 
 
 def read_answer(text: str, places: int) -> tuple[list[Span], str]:
@@ -33,6 +34,8 @@ def read_answer(text: str, places: int) -> tuple[list[Span], str]:
         found = _LINE.fullmatch(line)
         if found is None:
             return [], f"line {number}: {line!r:.60} is not of the form `start-end label`"
+        if _SECOND.search(found[3]):
+            return [], f"line {number}: {line!r:.60} has more than one segment"
         most = len(str(places))
         if max(len(found[1]), len(found[2])) > most or max(int(found[1]), int(found[2])) > places:
             return [], f"line {number}: {line!r:.60} goes beyond {places}, where the video ends"

@@ -145,11 +145,16 @@ def chance(truths: Iterable[Sequence[Span]]) -> float:
     return max(frames.values(), default=0) / max(frames.total(), 1)
 
 
-def score(rows: Sequence[Segmentation], background: Collection[str] = BACKGROUND) -> dict[str, float]:
+def score(
+    rows: Sequence[Segmentation],
+    background: Collection[str] = BACKGROUND,
+    texts: Sequence[segments_fork.Sample] | None = None,
+) -> dict[str, float]:
     """What segmentations are worth. An answer that could not be read is an empty prediction like any other.
 
     Args:
         background: labels that count in MoF alone.
+        texts: what the fork's figures are of; None: rows written in its form.
     Returns: fractions 0 … 1: those of `pooled`; `chance`; `mof_<probe>`; `unparsable`, the share of answers that could
         not be read, and `unparsable_<probe>`; all but the probes again with `_<kind>` where videos are of kinds
         (activities). Counts: `num_videos`, `num_unparsable`. The figures of vlm.metrics.segments_fork, which leave out
@@ -169,7 +174,7 @@ def score(rows: Sequence[Segmentation], background: Collection[str] = BACKGROUND
     for kind in sorted({row.kind for row in rows if row.kind}):
         own = _figures([row for row in rows if row.kind == kind], background)
         figures |= {f"{name}_{kind}": value for name, value in own.items()}
-    return figures | segments_fork.score([segments_fork.sample_of(row) for row in rows])
+    return figures | segments_fork.score([segments_fork.sample_of(row) for row in rows] if texts is None else texts)
 
 
 def _figures(rows: Sequence[Segmentation], background: Collection[str]) -> dict[str, float]:

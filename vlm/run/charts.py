@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -157,4 +157,48 @@ def matrix_chart(counts: Sequence[Sequence[int]], names: Sequence[str]) -> str:
             parts.append(f'<text x="{left - 6}" y="{y + cell / 2 + 4}" text-anchor="end">{escape(name)}</text>')
             parts.append(f'<text x="{left + (row + 0.5) * cell}" y="{top - 6}" text-anchor="middle">{row}</text>')
     parts.append(f'<text x="{left}" y="{top + size + 18}">rows: truth; columns: prediction</text>')
+    return "".join([*parts, "</svg>"])
+
+
+class Bar(NamedTuple):
+    """One row of a timeline: its name, and (start, end, label) of what stands in it."""
+
+    name: str
+    spans: Sequence[tuple[int, int, str]]
+
+
+BAR_WIDTH, BAR_HEIGHT, BAR_LEFT = 960, 24, 92
+
+
+def timeline_chart(bars: Sequence[Bar], length: int, colours: Mapping[str, str], *, title: str) -> str:
+    """An SVG of bars, one above the other, on a common axis 0 … length, in frames.
+
+    Args:
+        colours: what a label is filled with; one that is not there is drawn as an outline.
+    """
+    height = len(bars) * (BAR_HEIGHT + 4) + 20
+    scale = (BAR_WIDTH - BAR_LEFT - 16) / length
+    parts = [f'<svg class="timeline" viewBox="0 0 {BAR_WIDTH} {height}" role="img" aria-label="{escape(title)}">']
+    for number_of_bar, bar in enumerate(bars):
+        top = number_of_bar * (BAR_HEIGHT + 4)
+        middle = top + BAR_HEIGHT / 2 + 4
+        parts.append(f'<text x="{BAR_LEFT - 8}" y="{middle}" text-anchor="end">{escape(bar.name)}</text>')
+        parts.append(
+            f'<rect class="none" x="{BAR_LEFT}" y="{top}" width="{length * scale:.1f}" height="{BAR_HEIGHT}"/>'
+        )
+        for start, end, label in bar.spans:
+            left, width = BAR_LEFT + start * scale, (end - start) * scale
+            look = f'fill="{colours[label]}"' if label in colours else 'class="unknown"'
+            parts.append(
+                f'<rect {look} x="{left:.1f}" y="{top}" width="{max(width, 0.5):.1f}" height="{BAR_HEIGHT}">'
+                f"<title>{escape(f'{bar.name}: {label}, frames {start} to {end}')}</title></rect>"
+            )
+            name = label.replace("_", " ")
+            if 6.2 * len(name) + 8 < width:
+                ink = "name" if label in colours else ""
+                parts.append(f'<text class="{ink}" x="{left + 4:.1f}" y="{middle}">{escape(name)}</text>')
+    for value in ticks(0, length, 8):
+        if value <= length:
+            across = BAR_LEFT + value * scale
+            parts.append(f'<text x="{across:.1f}" y="{height - 4}" text-anchor="middle">{number(value)}</text>')
     return "".join([*parts, "</svg>"])

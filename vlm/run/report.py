@@ -21,12 +21,14 @@ from vlm.files import write_text
 from vlm.metrics.classify import class_accuracy, confusion_matrix
 from vlm.run.charts import Line, line_chart, matrix_chart, number, smooth
 from vlm.run.report_clips import TestClips, strips
+from vlm.run.report_judged import judged
 from vlm.run.report_metrics import metrics_table
 from vlm.run.report_questions import kind_rows, questions
+from vlm.run.report_segments import of_kinds, timelines
 from vlm.run.report_style import STYLE
 from vlm.run.report_texts import kinds_said, texts
 from vlm.run.run_folder import read_json, read_predictions, read_rows
-from vlm.types import Prediction, UserError, Writing
+from vlm.types import Prediction, Segmentation, UserError, Writing
 
 
 @dataclass
@@ -40,6 +42,7 @@ class RunFiles:
     evaluation: dict[str, Any] = field(default_factory=dict)
     predictions: list[Prediction] = field(default_factory=list)
     writings: list[Writing] = field(default_factory=list)
+    segmentations: list[Segmentation] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     unscored: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -54,6 +57,7 @@ class RunFiles:
         rows = self._read("predictions.jsonl", read_predictions, [], wanted=tested)
         self.predictions = [row for row in rows if isinstance(row, Prediction)]
         self.writings = [row for row in rows if isinstance(row, Writing)]
+        self.segmentations = [row for row in rows if isinstance(row, Segmentation)]
         scored = not self.writings or any(writing.references for writing in self.writings)
         self.metrics = self._read("metrics.json", read_json, {}, wanted=tested and scored)
         self.evaluation = self._read("evaluation.json", read_json, {}, wanted=False)
@@ -110,6 +114,8 @@ def write_report(run_dir: Path) -> Path:
         ("Training", _training),
         ("Questions", _questions),
         ("Texts", _texts),
+        ("Timelines", _timelines),
+        ("Judged", lambda run: judged(run.folder)),
         ("Test clips", _clips),
         ("Confusion", _confusion),
         ("Records that could not be used", _unusable),
@@ -150,7 +156,8 @@ def _headline(run: RunFiles) -> str:
     """The metrics with what they mean, and one line on the run as a whole."""
     is_demo = str(run.about.get("recipe", "")).endswith(".demo")
     count = len(run.predictions) + sum(bool(writing.references) for writing in run.writings)
-    return _summary(run) + metrics_table(run.metrics, count, is_demo=is_demo)
+    shown = {name: value for name, value in run.metrics.items() if name not in of_kinds(run.segmentations)}
+    return _summary(run) + metrics_table(shown, count, is_demo=is_demo)
 
 
 def _summary(run: RunFiles) -> str:
@@ -220,6 +227,10 @@ def _texts(run: RunFiles) -> str:
     if not run.writings:
         return ""
     return f"<p>{escape(kinds_said(run.writings))}</p>{texts(run.writings, run.clips)}"
+
+
+def _timelines(run: RunFiles) -> str:
+    return timelines(run.segmentations, run.clips) if run.segmentations else ""
 
 
 def _clips(run: RunFiles) -> str:

@@ -22,7 +22,27 @@ MEANS = {
     "rouge_l": "longest sequence of words in common with what people wrote (ROUGE-L)",
     "cider": "words in common with what people wrote, rare ones weighing more (CIDEr)",
 }
+SEGMENTS = {
+    "mof": "share of the frames that have the right label (mean over frames)",
+    "edit": "how much of the order of the actions is right, mean over videos",
+    "f1_10": "F1 of the actions, one being right if it and the truth have 10 % of their union in common",
+    "f1_25": "the same at 25 %",
+    "f1_50": "the same at 50 %",
+    "chance": "what guessing would give as mof: the label that most frames of the test have, said of all frames",
+    "mof_blind": "the same model with the video zeroed: what can be guessed from the question",
+    "unparsable": "share of the answers that are not of the grammar: scored as empty predictions",
+    "unparsable_blind": "the same with the video zeroed",
+    "fork_mean_f1": 'as "Video Llama on Breakfast" computed it: F1 of frames by class, mean over videos',
+    "fork_f1_25": "as that project: F1 at 25 % of each video, mean over videos",
+    "fork_mof": "as that project: share of right frames of each video, mean over videos",
+    "fork_action_accuracy": "as that project: share of a video's labels that are said of any of its frames",
+    "fork_spearman": "as that project: correlation of ranks of labels by the alphabet",
+    "fork_edit": "as that project: edit score, mean over videos",
+    "fork_errors": "videos that these figures leave out, since nothing could be read",
+}
+"""What metrics of segmentations mean."""
 DEMO_LIMITS = {
+    "mof": (0.80, "at least"),
     "top1": (0.85, "at least"),
     "accuracy": (0.85, "at least"),
     "accuracy_blind": (0.40, "at most"),
@@ -39,10 +59,11 @@ SHARES = ("top1", "accuracy", "exact_match")
 def metrics_table(metrics: Mapping[str, Any], count: int, *, is_demo: bool) -> str:
     """HTML of the metrics of `count` rows (0: not known); "" where there are none."""
     rows = []
+    known = MEANS | SEGMENTS if "mof" in metrics else MEANS
     for name, value in metrics.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
-        means, wanted = escape(MEANS.get(name, "")), ""
+        means, wanted = escape(known.get(name, "")), ""
         if name in SHARES and count:
             low, high = wilson(value, count)
             means += f"; 95 % interval {low:.3f} to {high:.3f}"
@@ -50,7 +71,7 @@ def metrics_table(metrics: Mapping[str, Any], count: int, *, is_demo: bool) -> s
             limit, side = DEMO_LIMITS[name]
             kept = value >= limit if side == "at least" else value <= limit
             wanted = f'<span class="{"good" if kept else "bad"}">{"✓" if kept else "✗"} {side} {limit}</span>'
-        figure = f"{value:.0f}" if name.startswith("num_") else f"{value:.3f}"
+        figure = f"{value:.0f}" if name.startswith("num_") or name == "fork_errors" else f"{value:.3f}"
         rows.append(f"<tr><th>{escape(name)}</th><td class=figure>{figure}</td><td>{wanted}</td><td>{means}</td></tr>")
     return f"<table>{''.join(rows)}</table>" if rows else ""
 

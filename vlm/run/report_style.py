@@ -25,6 +25,12 @@ svg .cell { fill: none; stroke: var(--edge); stroke-width: .5; }
 svg .right { fill: var(--line); } svg .wrong { fill: var(--bad); }
 svg.matrix text { fill: var(--ink); } svg.matrix text.ink { fill: var(--paper); } .wide { overflow-x: auto; }
 .matrix { max-width: none; }
+svg.timeline { width: 100%; } svg.timeline .none { fill: var(--panel); } svg.timeline text.name { fill: #fff; }
+svg.timeline .unknown { fill: var(--panel); stroke: var(--bad); stroke-dasharray: 3 2; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
+.legend i { display: inline-block; width: .9em; height: .9em; border-radius: 2px; margin-right: .35em; }
+.timelines figure { margin: 1.1rem 0; } .timelines figcaption { font-weight: 400; }
+.timelines .frames { margin: 3px 0; }
 .clip { display: flex; gap: 1rem; align-items: center; margin: .7rem 0; }
 .clip p { margin: 0; flex: 1; } .frames { flex: none; display: flex; gap: 3px; } .frames img { border-radius: 3px; }
 pre { background: var(--panel); padding: .8rem; overflow-x: auto; border-radius: 6px; }

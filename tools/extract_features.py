@@ -1,4 +1,4 @@
-r"""Compute what a frozen encoder makes of videos, once: for Vamos and its like, Video-LLaMA, LLMVA-GEBC.
+r"""Compute what a frozen encoder makes of videos, once: for Vamos and its like, Video-LLaMA, LLMVA-GEBC, Video-ChatGPT.
 
 Into one file that tools/make_shards.py puts beside the questions of a dataset:
 
@@ -10,6 +10,11 @@ or from a shard set into another, of the same records with the features in the p
 
     python tools/extract_features.py --shards data/webvid/shards --out data/webvid/tokens --encoder eva-qformer \
         --tower path=blip2_pretrained_flant5xxl.pth vision_path=eva_vit_g.pth
+
+or what Video-ChatGPT reads, here as its variant for Breakfast does, with altered copies of each video:
+
+    python tools/extract_features.py breakfast --root data/breakfast --split all --out data/breakfast/clip.safetensors \
+        --encoder clip-vit-l14 --layout breakfast --augment flip bright
 
 Under torchrun, deepspeed, srun or mpirun each process takes its share, on its GPU. Killed at any moment, the same
 command goes on, also with another number of processes. Videos that cannot be read are in FILE.rejected.json, or in the
@@ -24,33 +29,31 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
 from vlm import recipe as recipes
 from vlm.config import override
 from vlm.data.feature_files import FEATURES, FeatureFiles, beside, write_published
 from vlm.data.frame_readers import RateReader
-from vlm.data.frames import CLIP_COLOURS
-from vlm.data.look_reader import LookReader
+from vlm.data.frame_variants import VARIANTS
 from vlm.data.shards import ShardSet
 from vlm.distributed import World, from_main, join, leave
-from vlm.models import frame_encoders, glimpse
+from vlm.models import encoders, glimpse
+from vlm.models.encoders import Chosen
 from vlm.models.eva import TowerConfig
-from vlm.models.tower_frames import TowerFrames
+from vlm.models.frame_encoders import States, clip_sizes
 from vlm.run.encode import Work
 from vlm.run.extract import Listing, extract, list_videos, sample_frames
 from vlm.run.extract_shards import extract_shards
 from vlm.run.progress import ProgressLine
 from vlm.sources.common_loading import available_sources, load_source
 from vlm.types import UserError
-from vlm.weights import state_hash
 
 DEMO, CLIP, TOWER = "demo", "clip-vit-l14", "eva-qformer"
 CLIP_FOLDER = "pretrained/clip-vit-large-patch14"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+POOLED, STATES = "video-chatgpt", "breakfast"  # layouts
 _TOWER_SIZES = ("dim=", "layers=", "query_dim=", "query_layers=")  # who states them wants no published weights
 _STARTED_TOGETHER = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
@@ -96,24 +99,30 @@ def _add_encoders(parser: argparse.ArgumentParser) -> None:
     add("--states", metavar="WHICH:LAYER",
         help="of CLIP, in the place of its image_embeds: states of the class token (cls) or of the patches (patches) "
         "in a layer (0 … , or -1 the last, -2 …): patches:-2")  # fmt: skip
-    add(
-        "--recipe", metavar="NAME", help=f"of {TOWER}: its model.tower, inputs.num_frames, inputs.size, inputs.features"
-    )
+    add("--layout", choices=(POOLED, STATES),
+        help="of CLIP: clip_pooled, means over space and over time of at most 100 frames' patches; or the class tokens "
+        "of 1000 frames, clip_states of several layers, clip_cls of one")  # fmt: skip
+    add("--layers", nargs="+", default=[], metavar="A-B|N",
+        help=f"of --layout {STATES}: which states, 0 the embeddings (default: all)")  # fmt: skip
+    add("--resize", choices=("nearest", "clip"), default=None,
+        help="of CLIP: the whole picture stretched to its square, as published for the layouts, or its own short side "
+        "and centre crop (default: nearest with a layout, else clip)")  # fmt: skip
+    add("--augment", nargs="+", default=[], choices=(*VARIANTS, "all"), metavar="NAME",
+        help=f"of a layout: altered copies too, as NAME_flip and its like: {', '.join(VARIANTS)}; all")  # fmt: skip
+    add("--recipe", metavar="NAME",
+        help="whose inputs say which features: names, layout, numbers; of the tower also model.tower")  # fmt: skip
     add("--tower", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help=f"of {TOWER}: fields of model.tower, such as path=… and vision_path=…")  # fmt: skip
     add("--name", help="what the features are called (default: features; q_former, the recipe's inputs.features; "
-        "clip_cls, clip_patches)")  # fmt: skip
+        "clip_cls, clip_patches, clip_pooled, clip_states)")  # fmt: skip
     add("--fps", type=float, default=None,
         help="frames a second, not of the tower (default: as published, 1; TVQA 3; shapes 4)")  # fmt: skip
     add("--frames", type=int, default=None, metavar="N",
-        help=f"of {TOWER}: frames of a video, evenly spread (default: the recipe's, 8)")  # fmt: skip
-    add(
-        "--precision",
-        choices=_DTYPES,
-        default=None,
-        help="the encoder computes in (default: float32; with --recipe, its model.tower.dtype)",
-    )
-    add("--dtype", choices=_DTYPES, default=None,
+        help="frames of a video, evenly spread, in the place of --fps (default: the recipe's, the layout's; "
+        f"of {TOWER} 8)")  # fmt: skip
+    add("--precision", choices=encoders.DTYPES, default=None,
+        help="the encoder computes in (default: float32; with --recipe, its model.tower.dtype)")  # fmt: skip
+    add("--dtype", choices=encoders.DTYPES, default=None,
         help=f"the features are stored in (default: float16; {TOWER}: bfloat16)")  # fmt: skip
 
 
@@ -142,20 +151,27 @@ def check(options: argparse.Namespace) -> None:
     if options.shards is None and not all(given.values()):
         missing = " and ".join(name for name, value in given.items() if not value)
         raise UserError(f"{missing} must be given, or --shards DIR: where are the videos?")
-    other = "" if options.encoder == TOWER else f"--encoder {options.encoder}"
+    other = f"--encoder {options.encoder}"
+    layout = options.layout and f"--layout {options.layout}"
+    recipe = options.recipe and f"--recipe {options.recipe}"
+    of_clip = "" if _is_clip(options) else other
     wrong = _first(
         options,
         **dict.fromkeys(("source", "root", "split", "annotations", "pth"), "--shards" if options.shards else ""),
         keep_video="" if options.shards else "a SOURCE",
-        **dict.fromkeys(("recipe", "tower", "frames"), other),
-        fps="" if other else f"--encoder {TOWER}",
-        states="" if _is_clip(options) else f"--encoder {options.encoder}",
+        tower="" if options.encoder == TOWER else other,
+        fps=(other if options.encoder == TOWER else "") or layout or ("--frames" if options.frames else ""),
+        states=of_clip or layout or recipe,
+        layout=of_clip or recipe,
+        layers="" if options.layout == STATES else layout or recipe or other,
+        resize=of_clip,
+        augment=of_clip or ("" if layout or recipe else f"{other} without a layout"),
     )
     if wrong:
         raise UserError(wrong)
 
 
-def _first(options: argparse.Namespace, **hindrances: str) -> str:
+def _first(options: argparse.Namespace, **hindrances: str | None) -> str:
     """The first option that is given though something that is given too leaves it without meaning."""
     for name, other in hindrances.items():
         if other and getattr(options, name):
@@ -182,84 +198,83 @@ def list_source(options: argparse.Namespace) -> Listing:
 # Encoders ------------------------------------------------------------------------------------------------------------
 
 
-class Chosen(NamedTuple):
-    """An encoder, what it is given, and what is said of both."""
-
-    encoder: nn.Module
-    reader: RateReader | LookReader
-    names: tuple[str, ...]
-    dtype: str
-    said: dict[str, Any]  # what decides over a frame's features
-
-    @property
-    def tensors(self) -> dict[str, dict[str, Any]]:
-        """Of each tensor, what decides over it."""
-        return {
-            name: {"encoder": self.said, "frames": self.reader.described(), "dtype": self.dtype} for name in self.names
-        }
-
-
 def open_encoder(options: argparse.Namespace, listing: Listing | None, shards: ShardSet | None, world: World) -> Chosen:
     if options.encoder == TOWER:
         return _open_tower(options, shards)
     source = options.source if shards is None else shards.manifest.get("source")
     known = load_source(source) if source in available_sources() else None
     fps = options.fps or getattr(known, "FEATURE_FPS", 1.0)
-    names: tuple[str, ...] = (options.name or FEATURES[0],)
+    given: dict[str, Any] = {"name": options.name, "dtype": options.dtype, "frames": options.frames}
     if options.encoder == DEMO:
         if listing is None:
             raise UserError("--encoder demo is fitted on the videos of a SOURCE; give its FILE with --shards")
-        encoder: nn.Module = demo_encoder(options, listing, fps, world)
-    elif options.encoder.endswith(".safetensors"):
-        encoder = glimpse.load(Path(options.encoder))
+        file = demo_encoder(options, listing, fps, world)
     else:
-        states = _states(options)
-        names = tuple(states) or names
-        folder = Path(CLIP_FOLDER if options.encoder == CLIP else options.encoder)
-        encoder = frame_encoders.load_clip(folder, states).to(_DTYPES[options.precision or "float32"])
-    reader = RateReader(fps=fps, prepare=encoder.prepare, shards=shards)  # type: ignore[arg-type]
-    return Chosen(encoder, reader, names, options.dtype or "float16", describe(encoder, options))
+        file = Path(CLIP_FOLDER if options.encoder == CLIP else options.encoder)
+    if _is_clip(options):
+        augment = VARIANTS if "all" in options.augment else tuple(dict.fromkeys(options.augment))
+        given |= {"precision": options.precision, "resize": options.resize, "augment": augment or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.recipe:
+        found = recipes.load(options.recipe)
+        return encoders.open_for(found.model, found.inputs, file, fps=fps, shards=shards, **given)
+    if options.layout:
+        name, frames = given.pop("name", None), given.pop("frames", None)
+        return encoders.open_layout(file, _layout(options.layout, options.layers, file, name, frames), shards=shards,
+                                    **given)  # fmt: skip
+    if _is_clip(options):
+        return encoders.open_clip(file, fps=fps, states=_states(options), shards=shards, **given)
+    return encoders.open_glimpse(file, fps=fps, shards=shards, **given)
 
 
 def _open_tower(options: argparse.Namespace, shards: ShardSet | None) -> Chosen:
-    config, frames, size, name = TowerConfig(), 8, None, "q_former"
+    changes = {"name": options.name, "frames": options.frames, "dtype": options.dtype}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    fields = [*options.tower, *([f"dtype={options.precision}"] if options.precision else [])]
     if options.recipe:
         found = recipes.load(options.recipe)
-        tower = getattr(found.model, "tower", None)
-        if not isinstance(tower, TowerConfig):
+        if not isinstance(getattr(found.model, "tower", None), TowerConfig):
             raise UserError(f"--recipe {options.recipe} has no model.tower: give the tower with --tower path=…")
-        config, frames, name = tower, found.inputs.num_frames, found.inputs.features
-        size = found.inputs.size
-    if not options.recipe and not any(field.startswith(("path=", *_TOWER_SIZES)) for field in options.tower):
+        return encoders.open_for(found.model, found.inputs, tower=fields, shards=shards, **changes)
+    if not any(field.startswith(("path=", *_TOWER_SIZES)) for field in options.tower):
         raise UserError(
             f"--encoder {TOWER}: neither --recipe NAME nor --tower path=FILE is given, so its weights would be random "
             "and the features worth nothing. Give the files: --tower path=blip2_pretrained_flant5xxl.pth "
             "vision_path=eva_vit_g.pth"
         )
-    config = override(config, options.tower)
-    if options.precision:
-        config = override(config, [f"dtype={options.precision}"])
-    for field in ("path", "vision_path"):
-        value = getattr(config, field)
-        if value is not None and not value.exists():
-            raise UserError(f"--tower {field}={value}: there is no such file or folder")
-    name = options.name or name
-    reader = LookReader(num_frames=options.frames or frames, size=size or config.image_size, shards=shards)
-    encoder = TowerFrames(config, name, CLIP_COLOURS)
-    return Chosen(encoder, reader, (name,), options.dtype or "bfloat16", encoder.described())
+    return encoders.open_tower(override(TowerConfig(), fields), shards=shards, **changes)
 
 
-def _states(options: argparse.Namespace) -> dict[str, frame_encoders.States]:
+def _layout(layout: str, groups: Sequence[str], folder: Path, name: str | None, frames: int | None) -> encoders.Layout:
+    if layout == POOLED:
+        return encoders.pooled_layout(name or encoders.POOLED, frames or encoders.POOLED_FRAMES)
+    last = clip_sizes(folder).layers
+    layers: dict[str, int | tuple[int, ...]] = {}
+    for group in groups or (f"0-{last}",):
+        first, dash, end = group.partition("-")
+        if not first.isdigit() or (dash and not end.isdigit()) or (dash and not int(first) < int(end)):
+            raise UserError(f"--layers {group}: expected one layer, such as {last}, or some, such as 0-{last}")
+        which = tuple(range(int(first), int(end) + 1)) if dash else int(first)
+        called = name or (encoders.STATES if dash else encoders.CLS)
+        if called in layers:
+            raise UserError(
+                f"--layers {' '.join(groups)}: {called} would be two tensors; --name them in calls of their own"
+            )
+        layers[called] = which
+    return encoders.states_layout(layers, frames or encoders.STATES_FRAMES)
+
+
+def _states(options: argparse.Namespace) -> dict[str, States]:
     if not options.states:
         return {}
     which, _, layer = options.states.partition(":")
     if which not in ("cls", "patches") or not layer.removeprefix("-").isdigit():
         raise UserError(f"--states {options.states}: expected cls:LAYER or patches:LAYER, such as patches:-2")
-    return {options.name or f"clip_{which}": frame_encoders.States(int(layer), which)}
+    return {options.name or f"clip_{which}": States(int(layer), which)}
 
 
-def demo_encoder(options: argparse.Namespace, listing: Listing, fps: float, world: World) -> nn.Module:
-    """The encoder kept beside the output, fitted and written first where it is not there."""
+def demo_encoder(options: argparse.Namespace, listing: Listing, fps: float, world: World) -> Path:
+    """The file of the encoder kept beside the output, fitted and written first where it is not there."""
     file = beside(options.out, "encoder.safetensors")
 
     def fit() -> None:
@@ -270,20 +285,7 @@ def demo_encoder(options: argparse.Namespace, listing: Listing, fps: float, worl
             glimpse.save(glimpse.fit(sample_frames(paths, reader, options.workers, glimpse.FRAMES_TO_FIT)), file)
 
     from_main(world, fit)
-    return glimpse.load(file)
-
-
-def describe(encoder: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
-    """What an encoder does to a frame, by its content: the folder's name does not matter."""
-    said: dict[str, Any] = {
-        "kind": type(encoder).__name__,
-        "sha256": state_hash(encoder.state_dict()),
-        "width": encoder.width,
-    }
-    if isinstance(encoder, frame_encoders.ClipFrames):
-        said |= {"precision": options.precision or "float32", "mean": encoder.mean, "std": encoder.std}
-        said |= {"states": {name: list(which) for name, which in encoder.states.items()}} if encoder.states else {}
-    return said
+    return file
 
 
 # The two ways --------------------------------------------------------------------------------------------------------
@@ -299,8 +301,8 @@ def _work(options: argparse.Namespace, chosen: Chosen, world: World) -> Work:
     return Work(
         encoder=chosen.encoder.to(world.device),
         reader=chosen.reader,
-        dtype=_DTYPES[chosen.dtype],
-        batch_size=options.batch_size,
+        dtype=encoders.DTYPES[chosen.dtype],
+        batch_size=max(1, options.batch_size // chosen.copies),
         workers=options.workers,
     )
 

@@ -49,6 +49,11 @@ class Chosen(NamedTuple):
     variants: Mapping[str, str] = {}  # name of a tensor of altered copies -> which copies
 
     @property
+    def copies(self) -> int:
+        """Pictures that a frame becomes: itself and its altered copies."""
+        return 1 + len(set(self.variants.values()))
+
+    @property
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Of each tensor, what decides over it."""
         frames = self.reader.described()
@@ -194,6 +199,8 @@ def open_for(
         chosen = open_glimpse(encoder, shards=shards, **{"name": name, "fps": fps, "frames": places, **changes})
         _check_width(inputs, glimpse.GlimpseEncoder.width, encoder)
     elif places is None:
+        if changes.pop("augment", ()):
+            raise UserError("these inputs read features of frames at a rate; altered copies are of layouts alone")
         chosen = open_clip(encoder, shards=shards, **{"fps": fps, **changes})
     else:
         frames = changes.pop("frames", None)

@@ -31,26 +31,30 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from vlm.data.tokenizers import Tokenizer
-from vlm.models import story_dialogues, story_rows
+from vlm.models import story_dialogues, story_rows, story_segments
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.story_rows import KINDS, Rows, join
 from vlm.types import IGNORE, UserError
 
 SETTINGS = "pretraining.json"  # in the folder: what it was made with and how well it reads
 SPEAK = {"bare": 0.3, "asked": 0.3, "dialogue": 0.4}
-TELL = {"questions": {"caption": 0.7, "told": 0.3}, "dialogues": SPEAK}
+CUT = {"segments": 0.7, "at": 0.1, "order": 0.1, "counts": 0.1}
+TELL = {"questions": {"caption": 0.7, "told": 0.3}, "dialogues": SPEAK, "segments": CUT}
 """Share of each form in a batch while it learns to tell …"""
 CHOOSE = {
     "questions": {"caption": 0.08, "told": 0.08, "judged": 0.28, "motion": 0.32, "colour": 0.1, "shape": 0.14},
     "dialogues": SPEAK,
+    "segments": CUT,
 }
-"""… and while it learns to choose. Dialogues have nothing to choose from: the rates fall there, no more."""
+"""… and while it learns to choose. Those that only tell have nothing to choose from: the rates fall there, no more."""
 DECAY = 0.4  # of the steps on choosing: in the last ones the rates fall to 0
 TOLD = 0.03  # mean loss of the last steps at which telling is learnt
 TOGETHER = (
     ("caption", "told"),
     ("judged", *KINDS),
     *((form,) for form in SPEAK),
+    ("segments",),
+    ("at", "order", "counts"),
 )  # forms of about the same length: one pass each
 FORMAT = 1  # raise it when the same settings would make another model
 
@@ -59,9 +63,10 @@ FORMAT = 1  # raise it when the same settings would make another model
 class TextBaseConfig:
     """A LLaMA and its training on stories."""
 
-    speech: Literal["questions", "dialogues"] = "questions"
+    speech: Literal["questions", "dialogues", "segments"] = "questions"
     """Which prompts it reads. questions: those of systems that choose between options (vlm/data/views.py); dialogues:
-    captions and dialogues, as Video-LLaMA's (vlm/data/templates.py)."""
+    captions and dialogues, as Video-LLaMA's (vlm/data/templates.py); segments: what happens when, as Video-ChatGPT's
+    (vlm/data/chats.py)."""
     dim: int = 64
     """Width (D)."""
     layers: int = 6
@@ -119,6 +124,12 @@ def dialogue_base() -> TextBaseConfig:
     return TextBaseConfig(speech="dialogues", layers=4, tell_layers=4, tell_steps=500, choose_steps=150)
 
 
+def segment_base() -> TextBaseConfig:
+    """The language model of Video-ChatGPT's demo. Where an action ends is often not certain, so its loss stays above
+    `TOLD` and all steps are made."""
+    return TextBaseConfig(speech="segments", layers=4, tell_layers=4, stories=8000, tell_steps=350, choose_steps=250)
+
+
 @dataclass(frozen=True, slots=True)
 class _Speech:
     """Rows of one way to speak."""
@@ -126,12 +137,16 @@ class _Speech:
     vocab_size: int
     tokenizer: Callable[[Path], Tokenizer]
     encode: Callable[[Tokenizer, int, int], dict[str, Rows]]  # of so many stories from a seed
+    by_token: bool = False  # what is right is counted by tokens, not by rows: no row is certain as a whole
 
 
 _SPEECHES = {
     "questions": _Speech(story_rows.VOCAB_SIZE, story_rows.make_tokenizer, story_rows.encode_stories),
     "dialogues": _Speech(
         story_dialogues.VOCAB_SIZE, story_dialogues.make_dialogue_tokenizer, story_dialogues.encode_dialogues
+    ),
+    "segments": _Speech(
+        story_segments.VOCAB_SIZE, story_segments.make_segment_tokenizer, story_segments.encode_segments, by_token=True
     ),
 }
 
@@ -161,7 +176,7 @@ def pretrain(config: TextBaseConfig, folder: Path, report: Report = _silent) -> 
         model = initial_model(config)
         train(model, speech.encode(tokenizer, config.stories, 2 * config.seed), config, report)
         held_out = speech.encode(tokenizer, config.held_out, 2 * config.seed + 1)
-        accuracy = {form: round(measure(model, rows), 4) for form, rows in held_out.items()}
+        accuracy = {form: round(measure(model, rows, by_token=speech.by_token), 4) for form, rows in held_out.items()}
         model.save_pretrained(unfinished)
         (unfinished / SETTINGS).write_text(json.dumps({"settings": settings, "accuracy": accuracy}, indent=1))
         for file in unfinished.iterdir():
@@ -235,9 +250,11 @@ def predict(
 
 
 @torch.no_grad()
-def measure(model: LlamaForCausalLM, rows: Rows) -> float:
-    """The share of rows whose every token to be predicted is the likeliest one, given those before it."""
+def measure(model: LlamaForCausalLM, rows: Rows, *, by_token: bool = False) -> float:
+    """The share of rows whose every token to be predicted is the likeliest one, given those before it; or of tokens."""
     logits, targets = predict(model, rows)
+    if by_token:
+        return float((logits.argmax(1) == targets).float().mean())
     owner = (rows.labels[:, 1:] != IGNORE).nonzero()[:, 0]
     wrong = torch.zeros(len(rows.ids)).index_add(0, owner, (logits.argmax(1) != targets).float())
     return float((wrong == 0).float().mean())

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlm.sources.common_chat import make_chat
 from vlm.types import UserError
 
 SPLITS = ("train", "test", "sequences_train", "sequences_test")  # the place in this tuple is part of the seed
@@ -38,6 +39,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle")
+ACTIVITY = "moving a {shape}"  # what a sequence is of
 RADII = (7.0, 8.0, 9.0)  # of the circle, pixels; the other shapes have the same area
 
 
@@ -231,6 +233,14 @@ def _sequence(rng: np.random.Generator, key: str, scene: Scene, leg: int) -> Cli
     }
     annotation["conversations"] = _conversation(annotation["questions"])
     return Clip(key=key, scene=scene, centres=np.concatenate(parts), annotation=annotation)
+
+
+def as_chat(key: str, annotation: dict[str, Any]) -> dict[str, Any]:
+    """A sequence's annotation with `name` (its activity) and `chat`; segments have the words that captions have."""
+    activity = ACTIVITY.format(shape=annotation["attributes"]["shape"])
+    segments = [part | {"name": CLASSES[part["label"]].words} for part in annotation["segments"]]
+    others = {name: value for name, value in annotation.items() if name not in ("questions", "conversations")}
+    return others | {"name": activity, "segments": segments, "chat": make_chat(key, segments, activity)}
 
 
 def _attributes(scene: Scene, distance: float, leg: int) -> dict[str, Any]:

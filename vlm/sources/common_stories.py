@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vlm.sources.common_shapes import CLASSES, COLOURS, NUM_CLASSES, NUM_FRAMES, SHAPES, Clip, plan
+from vlm.sources.common_shapes import CLASSES, COLOURS, NUM_CLASSES, NUM_FRAMES, SHAPES, Clip, as_chat, plan
 from vlm.types import UserError
 
 NUM_TOLD = 8  # frames that are told, evenly spread over those of a clip
@@ -42,18 +42,37 @@ def stories(number: int, seed: int) -> Iterator[Story]:
 
     Raises UserError for a negative seed or one so large that a corpus may have it.
     """
-    if not 0 <= seed < FIRST_SEED:
-        raise UserError(f"seed {seed} of stories: choose one from 0 to {FIRST_SEED - 1}")
+    _check(seed)
     rng = np.random.default_rng((FIRST_SEED + seed, len(CLASSES)))
     for clip in plan("train", -(-number // NUM_CLASSES) * NUM_CLASSES, FIRST_SEED + seed):
         yield Story(frames=_tell(clip, int(rng.integers(NUM_FRAMES // NUM_TOLD))), annotation=clip.annotation)
 
 
+def sequences(number: int, seed: int) -> Iterator[Clip]:
+    """`number` scenes of several actions one after another, each with its chat. A pure function of the seed.
+
+    What is told of their frames depends on how many of them are looked at: `ways`.
+    """
+    _check(seed)
+    for clip in plan("sequences_train", number, FIRST_SEED + seed):
+        clip.annotation = as_chat(clip.key, clip.annotation)
+        yield clip
+
+
+def ways(centres: np.ndarray) -> list[str]:
+    """Of each place (x, y) in pixels the word for how it went since the one before."""
+    return [_way(*move) for move in np.diff(centres, axis=0, prepend=centres[:1])]
+
+
+def _check(seed: int) -> None:
+    if not 0 <= seed < FIRST_SEED:
+        raise UserError(f"seed {seed} of stories: choose one from 0 to {FIRST_SEED - 1}")
+
+
 def _tell(clip: Clip, first: int) -> tuple[Frame, ...]:
     """Every third frame from the `first` on, each with the way the shape has gone since the one before."""
     centres = clip.centres[first :: NUM_FRAMES // NUM_TOLD]
-    moves = np.diff(centres, axis=0, prepend=centres[:1])
-    return tuple((ARTICLE, clip.scene.colour, clip.scene.shape, _way(*move)) for move in moves)
+    return tuple((ARTICLE, clip.scene.colour, clip.scene.shape, way) for way in ways(centres))
 
 
 def _way(right: float, down: float) -> str:

@@ -70,10 +70,13 @@ class ClipFrames(nn.Module):
         self.prepare = prepare
         self.mean, self.std = mean, std
 
-    def forward(self, frames: Tensor) -> Tensor | dict[str, Tensor]:
+    def normalised(self, frames: Tensor) -> Tensor:
+        """uint8 (n, H, W, 3) -> (n, 3, H, W) float32 as CLIP reads it."""
         mean, std = (torch.tensor(values, device=frames.device) for values in (self.mean, self.std))
-        pixels = ((frames.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-        pixels = pixels.to(next(self.model.parameters()).dtype)
+        return ((frames.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+    def forward(self, frames: Tensor) -> Tensor | dict[str, Tensor]:
+        pixels = self.normalised(frames).to(next(self.model.parameters()).dtype)
         if not self.states:
             return self.model(pixel_values=pixels).image_embeds.float()
         return self._layers(pixels)

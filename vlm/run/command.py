@@ -1,4 +1,4 @@
-"""The command lines of launch/train.py and launch/evaluate.py: what is wrong with them is told in one line, at once.
+"""The command lines of launch/train.py, evaluate.py and chat.py: what is wrong with them is told in one line, at once.
 
 Only what a step needs is imported, so that a wrong name or file is told before torch, the models and DeepSpeed load.
 """
@@ -43,6 +43,16 @@ examples:
   deepspeed --num_gpus 2 launch/evaluate.py --recipe vit_llama.ssv2_s \\
       --checkpoint DIR run_dir=DIR2
 """
+_CHAT_PAGE = """\
+key=value changes a field of the recipe: inputs.max_length=N model.llama.path=DIR
+
+examples:
+  python launch/chat.py --recipe video_llama.demo \\
+      --checkpoint runs/demo/video_llama \\
+      --encoder data/demo/features/train.encoder.safetensors
+  python launch/chat.py --recipe video_chatgpt.instruct --checkpoint FILE.bin \\
+      --encoder pretrained/clip-vit-large-patch14 --video clip.mp4
+"""
 # Variables of deepspeed and torchrun, srun, and mpirun: rank, number of processes.
 _PLACES = (
     ("RANK", "WORLD_SIZE"),
@@ -64,9 +74,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help shows examples)")
 
 
-def _parser(script: str, what: str, page: str) -> _Parser:
+def _parser(script: str, what: str, page: str, starter: str = "deepspeed [--num_gpus N]") -> _Parser:
     parser = _Parser(
-        usage=f"deepspeed [--num_gpus N] launch/{script} OPTIONS [key=value …]",
+        usage=f"{starter} launch/{script} OPTIONS [key=value …]",
         description=what,
         epilog=page,
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28),
@@ -76,7 +86,8 @@ def _parser(script: str, what: str, page: str) -> _Parser:
     parser.add_argument("-h", "--help", action="store_true", help="this page")
     parser.add_argument("--help-all", action="store_true", help="every field of the chosen recipe")
     parser.add_argument("--recipe", metavar="NAME", help="for example vit_llama.demo")
-    parser.add_argument("--deepspeed_config", metavar="FILE", help="hardware settings, see ds_configs/")
+    if starter != "python":
+        parser.add_argument("--deepspeed_config", metavar="FILE", help="hardware settings, see ds_configs/")
     parser.add_argument("--dry-run", action="store_true", help="print all settings as JSON, then stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
@@ -95,6 +106,39 @@ def evaluate_main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="a checkpoint, or a run folder (its latest)")
     parser.add_argument("--untrained", action="store_true", help="the weights that training would begin with, instead")
     return _guarded(_evaluate, parser, arguments)
+
+
+def chat_main(open_encoder: Any, arguments: list[str] | None = None) -> int:
+    """launch/chat.py. Returns the exit status.
+
+    Args:
+        open_encoder: see vlm.run.chat_command.OpenEncoder.
+    """
+    what = "Talk with a model about a video: on a page in the browser, or in the terminal (--video FILE)."
+    parser = _parser("chat.py", what, _CHAT_PAGE, "python")
+    add = parser.add_argument
+    add("--checkpoint", metavar="RUN|FILE", type=Path, help="a checkpoint, a run folder, or a file of a projection")
+    add("--encoder", metavar="DIR|FILE", type=Path, help="CLIP, or a demo's FILE: makes the features that are read")
+    add("--fps", type=float, help="of features at a rate: frames a second (default: as the recipe's shards say)")
+    add("--video", metavar="FILE", type=Path, help="talk about it in the terminal")
+    add("--examples", metavar="DIR", help="videos, or a shard set, to choose from (default: the recipe's test shards)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights (default: bfloat16 on a GPU)")
+    add("--host", default="127.0.0.1", help="address that the page is served at (default: %(default)s, this machine)")
+    add("--port", type=int, default=7860, help="its port; 0: any (default: %(default)s)")
+    add("--max-upload", metavar="MB", type=float, default=512.0, help="largest file (default: %(default)g)")
+    add("--max-seconds", metavar="S", type=float, default=1200.0, help="longest video (default: %(default)g)")
+
+    def job(options: argparse.Namespace, at_exit: ExitStack) -> None:
+        _check_chat(options)
+        recipe = load(options.recipe, options.overrides)
+        if options.dry_run:
+            _print_plan(options, recipe, checkpoint=None if options.checkpoint is None else str(options.checkpoint))
+            return
+        from vlm.run import chat_command
+
+        chat_command.chat(options, recipe, open_encoder)
+
+    return _guarded(job, parser, arguments)
 
 
 def finish(status: int) -> NoReturn:
@@ -269,6 +313,24 @@ def _evaluate(options: argparse.Namespace, at_exit: ExitStack) -> None:
 
     at_exit.callback(leave)
     evaluate_checkpoint(recipe, options.recipe, options.overrides, hardware, options.checkpoint, join())
+
+
+def _check_chat(options: argparse.Namespace) -> None:
+    """What cannot be, before anything is loaded."""
+    if options.max_upload <= 0 or options.max_seconds <= 0:
+        raise UserError(
+            f"--max-upload {options.max_upload:g} and --max-seconds {options.max_seconds:g} must be above 0"
+        )
+    if not 0 <= options.port <= 65535:
+        raise UserError(f"--port {options.port}: ports are from 0 (any that is free) to 65535")
+    if options.video is not None and not options.video.is_file():
+        raise UserError(f"--video {options.video}: there is no such file")
+    if options.video is not None and options.examples is not None:
+        raise UserError("--examples are chosen on the page; with --video FILE there is none: leave one of them out")
+    for name in ("checkpoint", "encoder"):
+        value = getattr(options, name)
+        if value is not None and not value.exists():
+            raise UserError(f"--{name} {value}: there is no such file or folder")
 
 
 def _check_given_folder(name: str, options: argparse.Namespace) -> None:

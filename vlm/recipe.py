@@ -236,8 +236,13 @@ def _check_eval(config: EvalConfig, task: str | None) -> None:
     if writes and config.kinds:
         raise ValueError("eval.kinds: texts are scored by kind anyway, and are not grouped; set it to {}")
     of_kind = task == "choice" and metric.startswith("accuracy_")  # which kinds there are, the shards know
-    if task in METRICS and metric not in METRICS[task] and not of_kind:
-        allowed = " or ".join((*METRICS[task], "accuracy_KIND") if task == "choice" else METRICS[task])
+    if task not in METRICS or metric in METRICS[task] or of_kind:
+        return
+    from vlm.metrics.own import chosen_by  # with whatever their functions import, which other recipes need not load
+
+    names = (*METRICS[task], *chosen_by(task))
+    if metric not in names:
+        allowed = " or ".join((*names, "accuracy_KIND") if task == "choice" else names)
         raise ValueError(f"eval.metric is {metric}; it must be {allowed}")
 
 

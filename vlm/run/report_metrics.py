@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from vlm.metrics.own import meanings
+
 MEANS = {
     "top1": "share of the test clips whose highest score is the true class",
     "top5": "share of the test clips whose true class is among the five highest scores",
@@ -59,7 +61,7 @@ SHARES = ("top1", "accuracy", "exact_match")
 def metrics_table(metrics: Mapping[str, Any], count: int, *, is_demo: bool) -> str:
     """HTML of the metrics of `count` rows (0: not known); "" where there are none."""
     rows = []
-    known = MEANS | SEGMENTS if "mof" in metrics else MEANS
+    known = meanings() | MEANS | (SEGMENTS if "mof" in metrics else {})
     for name, value in metrics.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue

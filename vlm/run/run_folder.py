@@ -11,6 +11,7 @@ from typing import Any
 from vlm.metrics import caption, segments
 from vlm.metrics.choice import choice_metrics
 from vlm.metrics.classify import classification_metrics
+from vlm.metrics.own import with_own
 from vlm.types import Prediction, Segmentation, Span, UserError, Writing
 
 Rows = Sequence[Prediction] | Sequence[Writing] | Sequence[Segmentation]
@@ -79,19 +80,20 @@ def metrics_of(
     rows: Rows, kinds: Mapping[str, Sequence[str]] | None = None, spice: Path | None = None
 ) -> dict[str, float]:
     """What predictions are worth, of clips, of questions (`kinds` as in EvalConfig), of texts (`spice` as in
-    vlm.metrics.caption; nothing where no text has references) or of segmentations."""
+    vlm.metrics.caption; nothing where no text has references) or of segmentations; with figures of one's own."""
     writings = [row for row in rows if isinstance(row, Writing)]
     if writings:
-        return caption.score(writings, spice=spice) if any(row.references for row in writings) else {}
+        known = [row for row in writings if row.references]
+        return with_own("caption", known, caption.score(writings, spice=spice)) if known else {}
     if spice is not None:
         raise UserError("SPICE is a score of captions, but these rows hold scores of classes or options, or segments")
     segmentations = [row for row in rows if isinstance(row, Segmentation)]
     if segmentations:
-        return segments.score(segmentations)
+        return with_own("segments", segmentations, segments.score(segmentations))
     predictions = [row for row in rows if isinstance(row, Prediction)]
     if predictions and predictions[0].kind is not None:
-        return choice_metrics(predictions, kinds)
-    return classification_metrics(predictions)
+        return with_own("choice", predictions, choice_metrics(predictions, kinds))
+    return with_own("classes", predictions, classification_metrics(predictions))
 
 
 def kinds_of(folder: Path) -> dict[str, list[str]]:

@@ -46,8 +46,8 @@ def with_own(task: str, rows: Sequence[Any], figures: Mapping[str, float]) -> di
         made = own.figures(rows)
         if made.keys() != own.means.keys():
             raise UserError(
-                f"{where} gives {', '.join(made) or 'nothing'}, but vlm/metrics/own.py says what {', '.join(own.means)} is: "
-                "the names must be the same"
+                f"{where} gives {', '.join(made) or 'nothing'}, but vlm/metrics/own.py says what "
+                f"{', '.join(own.means)} is: the names must be the same"
             )
         for name, value in made.items():
             if name in found:

@@ -25,12 +25,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlm.models import gated_files, llama_files, video_llama_files
+from vlm.models import gated_files, llama_files, video_chatgpt_files, video_llama_files
 from vlm.models.describe import describe
 from vlm.models.formats import Model, read_hf, read_pth, write_hf, write_pth
 from vlm.models.llama_facts import is_llama_folder
 from vlm.models.published import (
-    BRANCHES,
     FAMILIES,
     GATED,
     HAS_FROZEN,
@@ -38,7 +37,9 @@ from vlm.models.published import (
     LLAMA,
     PROJECTION,
     SEEING,
+    TIED,
     TOWER,
+    VIDEO_CHATGPT,
     kind_of,
     to_ours,
 )
@@ -89,7 +90,7 @@ def read_vlm(path: Path, key: str | None) -> Model:
         step=manifest.get("step", 0),
         settings=(manifest.get("recipe") or {}).get("model"),
         run=manifest.get("recipe") or {},
-        unused=video_llama_files.aside(tensors),
+        unused=video_llama_files.aside(tensors),  # of Video-ChatGPT alike
     )
 
 
@@ -105,7 +106,7 @@ def write_vlm(path: Path, model: Model, recipe: System | None) -> None:
         if part:
             write_safetensors(path / name, part, {"format": "pt"})
     frozen = parts[1]
-    tied = model.kind in BRANCHES or (model.kind in (*HAS_FROZEN, *GATED) and not frozen)
+    tied = model.kind in TIED or (model.kind in (*HAS_FROZEN, *GATED) and not frozen)
     files = {f.name: {"bytes": f.stat().st_size, "sha256": file_hash(f)} for f in sorted(path.iterdir())}
     recipe_part = {"recipe": {"model": model.settings}} if model.settings else {}
     rows = {name.removeprefix("inputs."): stated.value for name, stated in input_settings(model).items()}
@@ -168,6 +169,10 @@ def write_seeing(family: str, path: Path, model: Model, recipe: System | None) -
     video_llama_files.write(family, path, model)
 
 
+def write_chatgpt(path: Path, model: Model, recipe: System | None) -> None:
+    video_chatgpt_files.write(path, model)
+
+
 FORMATS = {
     "vlm": Format("a checkpoint folder of ours, or a run folder", read_vlm, write_vlm, True, False),
     "hf": Format("a Hugging Face folder (config.json, model.safetensors)", read_folder, write_folder, True, True),
@@ -191,6 +196,13 @@ for _name, _about in (
     ("lavis", "LAVIS' .pth: EVA ViT-g, BLIP-2's Q-Former"),
 ):
     FORMATS[_name] = Format(_about, partial(video_llama_files.read, _name), partial(write_seeing, _name), False, False)
+FORMATS["video_chatgpt"] = Format(
+    "Video-ChatGPT's, LLaVA's .bin: projector, marks; its Breakfast variant's model.bin",
+    video_chatgpt_files.read,
+    write_chatgpt,
+    False,
+    False,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -271,7 +283,7 @@ def convert(options: argparse.Namespace) -> None:
     print(f"dropped {', '.join(lost) if lost else 'nothing'}")
     print(f"wrote   {options.to_format}: {options.target} (read back and compared: equal to the bit)")
     if compared:
-        print(f"{'outputs' if model.kind in SEEING else 'logits '} {compared}")
+        print(f"{'outputs' if model.kind in (*SEEING, VIDEO_CHATGPT) else 'logits '} {compared}")
     print(f"hash    {state_hash(model.tensors)}")
 
 
@@ -296,7 +308,7 @@ _MEANT_FOR = {
     "recipe": set(KIND_TITLES) - {PROJECTION},
     "base": set(KIND_TITLES) - {PROJECTION, TOWER},
     "layer": set(HAS_FROZEN),
-    "keep_frozen": {*BRANCHES, TOWER},
+    "keep_frozen": {*TIED, TOWER},
 }
 """Options that only some kinds of model have a use for."""
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 from vlm.models import gated_sizes, video_llama_sizes, vit_sizes
 from vlm.models.formats import Model
-from vlm.models.published import BRANCHES, GATED, LLAMA, PROJECTION, TOWER
+from vlm.models.published import BRANCHES, GATED, LLAMA, PROJECTION, TOWER, VIDEO_CHATGPT
 from vlm.models.released import describe_llama
 
 
@@ -20,6 +20,8 @@ def describe(model: Model) -> str:
     if model.kind == LLAMA:
         assert model.llama is not None
         sizes = describe_llama(model.llama)
+    elif model.kind == VIDEO_CHATGPT:
+        sizes = _chatgpt(model)
     elif model.kind in (*BRANCHES, TOWER, PROJECTION):
         sizes = _seeing(model)
     else:
@@ -48,6 +50,18 @@ def _seeing(model: Model) -> str:
     projection = video_llama_sizes.projection_of(own)
     parts = [f"Q-Former of width {config.qformer.dim}, {config.qformer.layers} layers", f"{config.max_frames} frames"]
     return ", ".join([*parts, f"{config.places} video tokens", f"{projection} to {own[f'{projection}.weight'][0]}"])
+
+
+def _chatgpt(model: Model) -> str:
+    own = {name: tuple(t.shape) for name, t in model.tensors.items() if name not in model.unused}
+    parts = ["projector of {1} to {0}".format(*own["mm_projector.weight"])]
+    parts += ["rows of <vid_start> and <vid_end>"] if "video_marks" in own else ["no rows of marks"]
+    states = sum(name.startswith("reducers.") and name.endswith(".weight") for name in own)
+    parts += [f"fusion of {states} states"] if states else []
+    encodings = own.get("pes.0.positional_encodings")
+    parts += [f"encodings of {encodings[0]} places"] if encodings else []
+    held = sum(name.startswith("llm.") for name in own)
+    return ", ".join([*parts, *([f"{held} tensors of the language model"] if held else [])])
 
 
 def _vit(model: Model) -> str:

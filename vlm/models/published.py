@@ -24,6 +24,7 @@ from vlm.weights import META_LAYER_TABLE, Table, rename
 PRETRAIN, FINETUNE, VIT_LLAMA = "pretrain", "finetune", "vit_llama"
 VAMOS, LLAMA_VQA, LLAMA = "vamos", "llama_vqa", "llama"
 VIDEO_LLAMA, LLMVA, TOWER, PROJECTION = "video_llama", "llmva", "tower", "projection"
+VIDEO_CHATGPT = "video_chatgpt"
 KIND_TITLES = {
     PRETRAIN: "VideoMAE masked pretraining (encoder and decoder)",
     FINETUNE: "ViT video classifier",
@@ -35,10 +36,12 @@ KIND_TITLES = {
     LLMVA: "LLMVA-GEBC: Q-Formers of frames and other features for a frozen OPT or LLaMA",
     TOWER: "frozen EVA ViT-g and BLIP-2 Q-Former (or one of them)",
     PROJECTION: "projection of Q-Former tokens to a LLaMA's width (MiniGPT-4)",
+    VIDEO_CHATGPT: "Video-ChatGPT: projector and rows of its marks for a LLaMA, or its Breakfast variant",
 }
 GATED = (VAMOS, LLAMA_VQA)  # kinds that are the trained part alone; the LLaMA under them is never in their files
 BRANCHES = (VIDEO_LLAMA, LLMVA)  # trained part for a frozen language model, which whole files have besides
 SEEING = (*BRANCHES, TOWER, PROJECTION)  # kinds of vlm/models/video_llama_files.py
+TIED = (*BRANCHES, VIDEO_CHATGPT)  # kinds that know their language model by its hash alone
 HAS_FROZEN = (VIT_LLAMA,)  # kinds with tensors that are never trained
 FROZEN = {**dict.fromkeys(KIND_TITLES, r"(?!)"), VIT_LLAMA: r"llama\..+"}  # their names
 FROZEN |= dict.fromkeys(BRANCHES, r"(tower|llm)\..+")
@@ -128,6 +131,7 @@ def _ours(pairs: Pairs) -> Pairs:
 
 _ASIDE = _same("published.{rest}")  # what our models have no use for, under its published name
 _LLAMA_PROJ = _same("llama_proj.{p}")
+_CHATGPT = ("mm_projector.{p}", "pes.{i}.positional_encodings", "reducers.{i}.{p}", "projecters.{i}.{p}")
 _WHOLE = (*seeing.TOWER, *_ASIDE)
 
 
@@ -174,6 +178,7 @@ FAMILIES = {
             LLMVA: (*_ours(seeing.LLMVA), *_same("tower.{rest}", "llm.{rest}"), *_ASIDE),
             TOWER: (*_same("tower.{rest}"), *_ASIDE),
             PROJECTION: _LLAMA_PROJ,
+            VIDEO_CHATGPT: (*_same(*_CHATGPT, "video_marks", "llm.{rest}"), *_ASIDE),
         },
     ),
     "videomae": Family("VideoMAE's .pth", {PRETRAIN: _MASKED, FINETUNE: _VIT}),
@@ -186,6 +191,17 @@ FAMILIES = {
     ),
     "llmva": Family("LLMVA-GEBC's .pth", {LLMVA: (*seeing.LLMVA, *_WHOLE, *seeing.LLM)}),
     "lavis": Family("LAVIS' .pth", {TOWER: _WHOLE}),
+    "video_chatgpt": Family(
+        "Video-ChatGPT's .bin",
+        {
+            VIDEO_CHATGPT: (
+                *((name, f"model.{name}") for name in _CHATGPT),
+                ("llm.lm_head.weight", "lm_head.weight"),
+                ("llm.model.layers.{i}.{rest}", "model.layers.{i}.{rest}"),
+                ("llm.model.norm.weight", "model.norm.weight"),
+            )
+        },
+    ),
     "hf": Family(
         "the Hugging Face form",
         {
@@ -212,6 +228,8 @@ def kind_of(names: Sequence[str] | Mapping[str, Any]) -> str:
         return TOWER
     if "llama_proj.weight" in names:
         return PROJECTION
+    if "mm_projector.weight" in names or "model.mm_projector.weight" in names:
+        return VIDEO_CHATGPT
     if "encoder_to_decoder.weight" in names:
         return PRETRAIN
     if "llama_dim_mapper1.weight" in names:

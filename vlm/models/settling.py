@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.models import gated_files, video_llama_fit
+from vlm.models import gated_files, video_chatgpt_fit, video_llama_fit
 from vlm.models.formats import Model, model_config
 from vlm.models.frozen_base import require_tensors, settle_frozen
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.llama_facts import refuse_other_sizes
 from vlm.models.llama_pass import fixed_tokens, meta_logits, transformers_logits
-from vlm.models.published import GATED, KIND_TITLES, LLAMA, SEEING
+from vlm.models.published import GATED, KIND_TITLES, LLAMA, SEEING, VIDEO_CHATGPT
 from vlm.models.released import input_settings, other_inputs, overrides, shown, trained_with
 from vlm.models.system import System
 from vlm.models.vamos import VamosConfig
@@ -63,12 +63,13 @@ def settle(model: Model, request: Request) -> tuple[System | None, Compare | Non
         return None, settle_llama(model, request)
     if model.kind in GATED:
         return None, settle_gated(model, request)
-    if model.kind in SEEING:
+    if model.kind in (*SEEING, VIDEO_CHATGPT):
         model_settings = None if request.recipe is None else request.recipe.model
         wish = video_llama_fit.Wish(
             request.subject, model_settings, request.base, request.to_format, request.keep_frozen
         )
-        return None, video_llama_fit.settle(model, wish)
+        fit = video_chatgpt_fit if model.kind == VIDEO_CHATGPT else video_llama_fit
+        return None, fit.settle(model, wish)
     return settle_vit(model, request), None
 
 

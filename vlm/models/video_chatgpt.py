@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.system import Cost, check_same
 from vlm.models.trained import start_from
 from vlm.models.video_chatgpt_parts import add_words, encodings, owners, with_marks
+from vlm.models.video_chatgpt_start import put_published
 from vlm.nn.llama_layers import Additions
 from vlm.types import Batch, TextRows, UserError
 from vlm.weights import diff_keys, open_tensors, state_hash
@@ -105,6 +106,8 @@ class VideoChatGptConfig:
         if self.projection_from is not None and self.init_from is not None:
             raise ValueError("model.projection_from and model.init_from are given: the latter has a projector too")
 
+    reads_published: ClassVar[bool] = True
+
     @property
     def new_words(self) -> int:
         """Words that follow the language model's own: <vid_patch>, and with marks <vid_start> and <vid_end>."""
@@ -128,7 +131,7 @@ class VideoChatGptConfig:
 
     def build(self) -> VideoChatGpt:
         """The model with its language model loaded, its trainable parameters fresh or those that it begins with."""
-        model = VideoChatGpt(self)
+        model = self.make()
         if self.init_from is not None:
             start_from(model, self.init_from)
         if self.projection_from is not None:
@@ -140,6 +143,10 @@ class VideoChatGptConfig:
                 stacklevel=2,
             )
         return model
+
+    def make(self) -> VideoChatGpt:
+        """The model before it begins with anything: what a variant with modules of its own overrides."""
+        return VideoChatGpt(self)
 
 
 def breakfast_variant(**settings: Any) -> VideoChatGptConfig:
@@ -204,6 +211,10 @@ class VideoChatGpt(CausalSystem):
                 parameter.copy_(tensors[name])
             if self.config.marks and (rows := self._marks_of(file)) is not None:
                 self.video_marks.copy_(rows)
+
+    def take_published(self, file: Path) -> str:
+        """Set what trains from a projector file or the variant's model.bin (vlm.models.video_chatgpt_start)."""
+        return put_published(self, self.config.llama.vocab_size, file)
 
     def _marks_of(self, file: Path) -> Tensor | None:
         """(2, H) rows of the marks in a published file: the last ones of its embedding. None: it has none. A whole

@@ -11,6 +11,7 @@ The trainer calls the module itself, `system(batch)`; evaluation calls `system.p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -100,6 +101,10 @@ class System(nn.Module):
         """Why stored features are not what this system's frozen parts would make of the same frames, by what their
         shard set says of them (tools/extract_features.py); "": they are, or that is not known."""
         return ""
+
+    def take_published(self, file: Path) -> str:
+        """Set what trains from a published file, in a system whose config says `reads_published`; what was read."""
+        raise NotImplementedError
 
     def freeze(self) -> None:
         """Set `requires_grad` by `trainable`, and remember the hash of what is frozen."""

@@ -103,7 +103,9 @@ def evaluate_main(arguments: list[str] | None = None) -> int:
     """launch/evaluate.py. Returns the exit status."""
     what = "Evaluate a checkpoint; writes predictions.jsonl, metrics.json, report.html."
     parser = _parser("evaluate.py", what, _EVALUATE_PAGE)
-    parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="a checkpoint, or a run folder (its latest)")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", type=Path, help="a checkpoint, a run folder (its latest); FILE.bin"
+    )
     parser.add_argument("--untrained", action="store_true", help="the weights that training would begin with, instead")
     return _guarded(_evaluate, parser, arguments)
 

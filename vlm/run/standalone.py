@@ -1,5 +1,5 @@
-"""Evaluation alone: a checkpoint of ours on a recipe's test shards. A published file is converted to one first
-(tools/convert_ckpt.py), or given as `model.init_from` and evaluated with --untrained where the system can read it."""
+"""Evaluation alone: a checkpoint of ours on a recipe's test shards. A published file is taken as it is where the system
+can read it (Video-ChatGPT's); else it is converted first (tools/convert_ckpt.py)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def evaluate_checkpoint(
 
     Args:
         hardware: the DeepSpeed JSON (only its bf16 switch matters here), or {} for fp32.
-        source: a checkpoint folder, or a run folder (its latest); None: the weights that training would begin with.
+        source: a checkpoint folder, a run folder (its latest), or a published file of a system that reads it; None: the
+            weights that training would begin with.
     Raises:
         UserError: no test in the recipe; the checkpoint is damaged, absent or does not fit; `recipe.run_dir` holds a
             training run or another evaluation.
@@ -50,14 +51,18 @@ def evaluate_checkpoint(
     launch = Launch(recipe, name, overrides, hardware, world, choose_attention(world.device, dtype))
     say = (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)
     with record.sole_run(recipe, world):
-        folder = None if source is None else from_main(world, lambda: checkpoint.resolve(source))
-        about = record.open_evaluation(launch, folder)
+        published = source if source is not None and source.is_file() and _reads_files(recipe) else None
+        folder = None if source is None or published else from_main(world, lambda: checkpoint.resolve(source))
+        about = record.open_evaluation(launch, published or folder)
         torch.manual_seed(recipe.seed)
         model = recipe.model.build()
         check_stored(recipe, model, [recipe.eval.shards])
-        state = {"step": 0} if folder is None else checkpoint.load_weights(folder, model)
-        loaded = folder or "none: initial weights"
-        say(f"recipe {name}, checkpoint {loaded} (step {state.get('step', 'unknown')}), {launch.attention.sentence}")
+        if published is not None:
+            loaded = model.take_published(published)
+        else:
+            state = {"step": 0} if folder is None else checkpoint.load_weights(folder, model)
+            loaded = f"{folder or 'none: initial weights'} (step {state.get('step', 'unknown')})"
+        say(f"recipe {name}, checkpoint {loaded}, {launch.attention.sentence}")
         note = "" if folder is None else other_rows(folder, recipe.inputs)
         if note:
             say(f"note: {note}")
@@ -66,3 +71,8 @@ def evaluate_checkpoint(
         report = from_main(world, lambda: write_report(launch.folder))
         say(f"report: {report}")
         barrier()
+
+
+def _reads_files(recipe: Recipe) -> bool:
+    """Whether the recipe's model takes published files as they are."""
+    return getattr(recipe.model, "reads_published", False)

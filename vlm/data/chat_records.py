@@ -1,12 +1,14 @@
 """Records of questions and answers about one video, checked: what was damaged after its shard was made is told as
 unusable.
 
-A record has `chat`, questions that stand alone, each with its answer, the first of the kind "segments"; their times are
-written `<t:F>` (vlm.data.time_axis). Or it has `conversations`, turns of one dialogue.
+A record has `chat`, questions that stand alone, each with its answer; their times are written `<t:F>`
+(vlm.data.time_axis), and of a video that is cut up the first is of the kind "segments". Or it has `conversations`,
+turns of one dialogue.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +22,10 @@ from vlm.types import Record, Span
 Side = Literal["before", "after", "front", "given"]
 SEGMENTS = "segments"
 
+_COLUMNS = ("kind", "question", "answer")
+_LISTS = (SEGMENTS, "anticipation")  # kinds whose texts list segments, a line each
+_NO_PLACE = re.compile(r"(?:^|(?<=video: ))(\d+)-\1 .*(?:\n|$)", re.MULTILINE)  # one too short to have a place
+
 
 class Asked(NamedTuple):
     """A question of a record, or one of its dialogue, with its answer."""
@@ -27,6 +33,7 @@ class Asked(NamedTuple):
     kind: str
     question: str
     answer: str | None
+    id: str = ""  # as its dataset calls the question
 
 
 class Spoken(NamedTuple):
@@ -54,16 +61,19 @@ def questions_of(record: Record, places: int) -> list[Asked]:
     """The questions of a record, their times as borders of so many places of its video; DecodeError where damaged."""
     rows: Any = record.annotation["chat"]
     good = isinstance(rows, list) and all(
-        isinstance(row, Mapping) and all(isinstance(row.get(name), str) for name in Asked._fields) for row in rows
+        isinstance(row, Mapping) and all(isinstance(row.get(name), str) for name in _COLUMNS) for row in rows
     )
-    if not good or not rows or rows[0]["kind"] != SEGMENTS:
-        raise DecodeError(
-            f"record {record.key!r} of {record.shard}: its questions (chat) are damaged, or the first is not of the "
-            f"kind {SEGMENTS!r}"
-        )
+    if not good or not rows:
+        raise DecodeError(f"record {record.key!r} of {record.shard}: its questions (chat) are damaged")
     told = any("<t:" in row[name] for row in rows for name in ("question", "answer"))
     axis = TimeAxis(num_frames_of(record) if told else 1, places)
-    return [Asked(row["kind"], axis.render(row["question"]), axis.render(row["answer"])) for row in rows]
+    asked = []
+    for row in rows:
+        question, answer = axis.render(row["question"]), axis.render(row["answer"])
+        if row["kind"] in _LISTS:
+            question, answer = (_NO_PLACE.sub("", text).removesuffix("\n") for text in (question, answer))
+        asked.append(Asked(row["kind"], question, answer, str(row.get("id", ""))))
+    return asked
 
 
 def dialogue_of(record: Record, system: str) -> Spoken:

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from tools import score
-from vlm.metrics.segments import video_figures
+from vlm.data.time_axis import TimeAxis
+from vlm.metrics.segment_answers import read_answer
+from vlm.metrics.segments import pooled, video_figures
 from vlm.run.segment_files import activity_of, read_frames, read_texts
+from vlm.sources.common_chat import lines_of
+from vlm.sources.common_segments import read_mapping, read_segments
 from vlm.types import UserError
 
 TRUTH = {"P03_cam01_P03_tea": ["SIL"] * 4 + ["add_teabag"] * 6, "P04_cam01_P04_milk": ["SIL"] * 5 + ["pour_milk"] * 5}
@@ -174,6 +178,24 @@ def test_published_labels_score_full_marks_against_themselves(
     assert {found[name] for name in ("mof", "edit", "f1_10", "f1_25", "f1_50")} == {1.0}
     assert found["num_videos"] == count > 1
     assert 0 < found["chance"] < 1
+
+
+@pytest.mark.parametrize("places", [356, 1000])
+@pytest.mark.parametrize("dataset", ["breakfast", "50salads"])
+def test_published_labels_as_a_model_is_to_write_them_are_read_back(realdata: Path, dataset: str, places: int) -> None:
+    """What a time axis of few places costs a perfect answer: little, and none of them is refused."""
+    folder, videos = realdata / "annotations" / dataset, []
+    classes = read_mapping(folder / "mapping.txt")
+    for file in sorted((folder / "groundTruth").glob("*.txt")):
+        segments, _ = read_segments(file, classes)
+        axis = TimeAxis(segments[-1]["end"], places)
+        answer, problem = read_answer(axis.render(lines_of(segments)), places)
+        assert problem == "", file.name
+        said = [(axis.frame(start), axis.frame(end), label) for start, end, label in answer]
+        videos.append(video_figures([(one["start"], one["end"], one["name"]) for one in segments], said))
+    found = pooled(videos)
+    assert found["mof"] > 0.98
+    assert min(found.values()) > 0.95
 
 
 def test_published_texts_score_as_in_the_tests_of_parity(realdata: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,8 @@ class Record:
     num_frames: int  # -1: unknown (sharded with --no-check), counted when decoded
     fps: float  # 0: unknown
     decoders: tuple[str, ...]  # decoders that were checked to return the reference frames, best first
-    members: dict[str, bytes] = field(default_factory=dict)  # the other members: "features.npy" -> its bytes
+    members: dict[str, bytes | memoryview] = field(default_factory=dict)
+    """The other members: "features.npy" -> its bytes; of large arrays a view into the file."""
 
 
 class Text(NamedTuple):
@@ -206,6 +207,7 @@ class Example:
     frames: Tensor | None = None  # (T, C, H, W) uint8, or float32 normalised: any number of frames; an image is one
     frame_tokens: Tensor | None = None  # (T, Q, D): what a frozen encoder made of each frame, in the place of `frames`
     extra: dict[str, Tensor] = field(default_factory=dict)  # what else is known of its video, of one shape in a batch
+    told: tuple[bool, str] = (False, "")  # for dialogues about it: whether it is an image, what is said after it
     rows: dict[str, tuple[Row, ...]] = field(default_factory=dict)  # view name -> rows; Row.sample counts cuts
     options: tuple[tuple[Row, ...], ...] = ()  # test: for each question a row for each option
     prompts: tuple[Row, ...] = ()  # test: a row for each text that is to be written

@@ -17,7 +17,7 @@ from vlm.data.shards import ShardSet, write_shards
 from vlm.data.templates import PLACE
 from vlm.data.tokenizers import ByteTokenizer
 from vlm.data.video import DecodeError
-from vlm.types import IGNORE, Batch, Record, Row, Sample, UserError, Visit
+from vlm.types import IGNORE, Batch, Example, Record, Row, Sample, UserError, Visit
 
 WORDS = ByteTokenizer()
 ASKED = [
@@ -322,3 +322,34 @@ def test_expected_lengths_are_not_too_short(tmp_path, golden, counted: bool) -> 
     rows = [train(inputs, shards.read(row)).rows["dialogue"][0] for row in range(len(shards))]
     assert (inputs.lengths(shards) >= [len(row.ids) for row in rows]).all()
     assert (inputs.lengths(shards) <= [len(row.ids) + (70 if counted else 200) for row in rows]).all()
+
+
+# Conversations --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["vicuna_v0", "llama2"])
+def test_a_conversation_goes_on_as_a_dialogue_is_trained(template: str) -> None:
+    """Turn by turn it is the row of training up to each answer."""
+    inputs = config(template=template)
+    made = video(conversations=ASKED)
+    (row,) = train(inputs, made).rows["dialogue"]
+    seen = inputs.look(made)
+    assert torch.equal(seen.frames, train(inputs, made).frames)
+    for turns in ([("What runs?", None)], [("What runs?", "A dog."), ("Where?", None)]):
+        example = inputs.converse(turns, seen)
+        (prompt,) = example.prompts
+        assert prompt.ids == row.ids[: len(prompt.ids)]
+        assert (prompt.video, set(prompt.labels)) == (row.video, {IGNORE})
+        first = next(place for place in range(len(prompt.ids), len(row.ids)) if row.labels[place] != IGNORE)
+        assert first == len(prompt.ids), "the answer is what comes next"
+        batch = inputs.test_batch([example])
+        assert batch.prompts.lengths == (len(prompt.ids),)
+
+
+def test_a_conversation_about_an_image_or_about_nothing() -> None:
+    inputs = config()
+    made = image(conversations=ASKED)
+    (prompt,) = inputs.converse([("What runs?", None)], inputs.look(made)).prompts
+    assert text(prompt) == "\n\n###Human: <Image>*</Image>\nWhat runs?\n###Assistant:"
+    (prompt,) = inputs.converse([("What <video> runs?", None)], Example(key="")).prompts
+    assert (text(prompt), prompt.video) == ("\n\n###Human: What  runs?\n###Assistant:", (0, 0))

@@ -18,7 +18,7 @@ from vlm.types import IGNORE, Control, Prompt, Segment, Text, Tokens, Video
 
 TemplateName = Literal["vicuna_v1_1", "video_chatgpt_v1", "v0"]
 
-SYSTEM: dict[TemplateName, str] = {
+SYSTEM: Mapping[str, str] = {
     "vicuna_v1_1": (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions."

@@ -52,7 +52,18 @@ from vlm.data.templates import PLACE
 from vlm.data.time_axis import TimeAxis
 from vlm.data.tokenizers import content_hash, tokenizer_of
 from vlm.data.video import DecodeError
-from vlm.data.video_rows import PROBES, blinded, check_probes, endings, gather, note, pack_rows, read_tokens
+from vlm.data.video_rows import (
+    PROBES,
+    all_ends,
+    blinded,
+    check_probes,
+    count_row,
+    decoded,
+    gather,
+    note,
+    pack_rows,
+    read_tokens,
+)
 from vlm.types import IGNORE, Ask, Batch, Example, Prompt, Record, Row, Tokens, UserError, Visit
 
 VIEW = "dialogue"
@@ -168,10 +179,7 @@ class ChatConfig:
         example = self._look(record, self._drawn(rng)) if spoken.shows else Example(key=record.key)
         tokens = self._tokens(spoken)
         counters: dict[str, int] = {}
-        note(counters, "rows_shortened", bool(tokens.dropped))
-        note(counters, "tokens_dropped", tokens.dropped)
-        note(counters, "rows_too_long", len(tokens.ids) > self.max_length)
-        note(counters, "rows_untaught", all(label == IGNORE for label in tokens.labels))
+        count_row(counters, tokens, too_long=len(tokens.ids) > self.max_length)
         key = record.key if visit.part is None else f"{record.key}/{visit.part}"
         return [replace(example, key=key, rows={VIEW: (row_of(tokens),)}, counters=counters)]
 
@@ -192,6 +200,7 @@ class ChatConfig:
                 f"{record.key}/{number}",
                 None,
                 kind=spoken.asked[-1].kind,
+                id=spoken.asked[-1].id,
                 question=spoken.asked[-1].question.replace(PLACE, "").strip(),
                 references=() if spoken.asked[-1].answer is None else (spoken.asked[-1].answer,),
             )
@@ -221,15 +230,11 @@ class ChatConfig:
     @property
     def ends(self) -> tuple[tuple[int, ...], ...]:
         """Tokens that end a text which a model writes: the end token, and what ends answers in the template."""
-        more = endings(self.tokenizer, V0_END) if self._test_template == "v0" else ()
-        return ((tokenizer_of(self.tokenizer).eos,), *more)
+        return all_ends(self.tokenizer, self._ends)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids that a model wrote, up to what ends it."""
-        tokenizer = tokenizer_of(self.tokenizer)
-        ids = list(ids)
-        text = tokenizer.decode(ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids)
-        return (text.partition(V0_END)[0] if self._test_template == "v0" else text).strip()
+        return decoded(self.tokenizer, ids, self._ends)
 
     # ------------------------------------------------------------------------------------------ what a chat calls
 
@@ -284,6 +289,10 @@ class ChatConfig:
     def _test_template(self) -> TemplateName:
         return self.test_template or self.template
 
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        return (V0_END,) if self._test_template == "v0" else ()
+
     def _system(self, template: TemplateName) -> str:
         return SYSTEM[template] if self.system is None else self.system
 
@@ -316,9 +325,9 @@ class ChatConfig:
         return Spoken(system, [asked._replace(question=placed(asked.question, side))])
 
     def _ask_segments(self, record: Record) -> Ask:
-        if not has_chat(record):
+        asked = questions_of(record, self._places)[0] if has_chat(record) else None
+        if asked is None or asked.kind != SEGMENTS:
             raise DecodeError(f"record {record.key!r} of {record.shard} has no question for its segments (chat)")
-        asked = questions_of(record, self._places)[0]
         return Ask(
             record.key,
             None,

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 
 from vlm.data.dialogue_lengths import Length, dialogue_lengths, times
-from vlm.data.dialogue_records import is_text, text_alone, turns_of
+from vlm.data.dialogue_records import caption_of, conversed, is_image, is_text, text_alone, turns_of
 from vlm.data.features import tensor_members
 from vlm.data.frames import CLIP_COLOURS, Look, Sampling, sample, seconds_of, see
 from vlm.data.packing import row_of
 from vlm.data.prompts import PromptEncoder
 from vlm.data.rng import SampleRng
 from vlm.data.sampling import uniform_frames
-from vlm.data.shard_reencode import is_still
 from vlm.data.shards import ShardSet
 from vlm.data.templates import (
     PLACE,
@@ -40,7 +39,18 @@ from vlm.data.templates import (
 )
 from vlm.data.tokenizers import tokenizer_of
 from vlm.data.video import DecodeError
-from vlm.data.video_rows import PROBES, blinded, check_probes, endings, gather, note, pack_rows, read_tokens
+from vlm.data.video_rows import (
+    PROBES,
+    all_ends,
+    blinded,
+    check_probes,
+    count_row,
+    decoded,
+    gather,
+    note,
+    pack_rows,
+    read_tokens,
+)
 from vlm.types import IGNORE, Ask, Batch, Colours, Control, Example, Prompt, Record, Row, Text, Tokens, UserError, Visit
 
 VIEWS = ("caption", "dialogue")
@@ -151,7 +161,7 @@ class DialogueConfig:
         return dialogue_lengths(shards, self.tokenizer, whole._measure, most)
 
     def _measure(self, record: Record) -> dict[str, Length]:
-        media = None if is_text(record) else self._media(self._is_image(record), *times(record, self.num_frames))
+        media = None if is_text(record) else self._media(is_image(record), *times(record, self.num_frames))
         lead = caption_lead(self._line(None), self.template, self._system, media or Media())
         before = {"caption": len(self._encode(lead).ids), "dialogue": 0}
         try:
@@ -197,7 +207,7 @@ class DialogueConfig:
         """A caption to be written, then each answer of the assistant, with all that was really said before it."""
         asked = []
         if self._tests("caption", record):
-            words = self._caption(record, self._is_image(record))
+            words = self._caption(record, is_image(record))
             line = (self._line(None) or "").replace(PLACE, "").strip()
             asked.append(Ask(record.key, None, kind="", question=line, references=(words,)))
         if self._tests("dialogue", record):
@@ -247,19 +257,22 @@ class DialogueConfig:
     @property
     def ends(self) -> tuple[tuple[int, ...], ...]:
         """Tokens that end a text which a model writes: the end token, and what else ends captions and answers."""
-        return (
-            (tokenizer_of(self.tokenizer).eos,),
-            *dict.fromkeys(ids for end in self._ends for ids in endings(self.tokenizer, end)),
-        )
+        return all_ends(self.tokenizer, self._ends)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids that a model wrote, up to what ends it."""
-        tokenizer = tokenizer_of(self.tokenizer)
-        ids = list(ids)
-        text = tokenizer.decode(ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids)
-        for end in self._ends:
-            text = text.partition(end)[0]
-        return text.strip()
+        return decoded(self.tokenizer, ids, self._ends)
+
+    # ------------------------------------------------------------------------------------------ what a chat calls
+
+    def look(self, record: Record) -> Example:
+        """What a model sees of a record, its frames evenly spread, and how that is told."""
+        example, media = self._look(record, SampleRng(0), "uniform", None)
+        return example if media is None else replace(example, told=(media.is_image, media.message))
+
+    def converse(self, turns: Sequence[tuple[str, str | None]], example: Example) -> Example:
+        """The example with one prompt: these questions and answers about its video, up to the last answer."""
+        return conversed(turns, example, self.template, self._system, self._prompt_row)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -316,18 +329,11 @@ class DialogueConfig:
         known = record.num_frames > 0
         shown = uniform_frames(record.num_frames, len(tokens)) if known else np.zeros(0, dtype=np.int64)
         when = seconds_of(shown[chosen], record.fps) if len(shown) == len(tokens) else ()
-        media = self._media(self._is_image(record), when, len(chosen))
+        media = self._media(is_image(record), when, len(chosen))
         return Example(key=record.key, frame_tokens=tokens[torch.from_numpy(chosen)]), media
 
-    def _media(self, is_image: bool, seconds: Sequence[float], num_frames: int) -> Media:
-        told = self.frames_message and not is_image
-        return Media(is_image, frames_message(seconds, num_frames) if told else "")
-
-    def _is_image(self, record: Record) -> bool:
-        """Of a record whose pixels are not read, as the index has it: one frame that is on show for no time."""
-        if record.video is not None:
-            return is_still(record.video)
-        return record.num_frames == 1 and record.fps == 0
+    def _media(self, still: bool, seconds: Sequence[float], num_frames: int) -> Media:
+        return Media(still, frames_message(seconds, num_frames) if self.frames_message and not still else "")
 
     def _rows(
         self,
@@ -345,12 +351,8 @@ class DialogueConfig:
             tokens = (
                 self._caption_tokens(record, media, rng) if view == "caption" else self._turns_tokens(record, media)
             )
-            row = row_of(tokens)
-            note(counters, "rows_shortened", bool(tokens.dropped))
-            note(counters, "tokens_dropped", tokens.dropped)
-            note(counters, "rows_too_long", bool(tokens.excess))
-            note(counters, "rows_untaught", all(label == IGNORE for label in row.labels))
-            rows[view] = (row,)
+            count_row(counters, tokens, too_long=bool(tokens.excess))
+            rows[view] = (row_of(tokens),)
         return rows
 
     def _caption_tokens(self, record: Record, media: Media | None, rng: SampleRng) -> Tokens:
@@ -383,11 +385,9 @@ class DialogueConfig:
     def _encode(self, prompt: Prompt, most: int | None = None) -> Tokens:
         return _encoder(self.tokenizer, self.num_video_tokens, most).encode(prompt, end=False)
 
-    def _caption(self, record: Record, is_image: bool) -> str:
-        words = record.annotation["caption"]
-        if not isinstance(words, str):
-            raise DecodeError(f"record {record.key!r} of {record.shard}: its caption is {words!r:.60}, not a text")
-        cleaned = self.clean == "all" or (self.clean == "videos" and not is_image)
+    def _caption(self, record: Record, still: bool) -> str:
+        words = caption_of(record)
+        cleaned = self.clean == "all" or (self.clean == "videos" and not still)
         return blip_caption(words) if cleaned else words
 
 

@@ -18,7 +18,7 @@ from vlm.data.features import read_tensor
 from vlm.data.packing import pack
 from vlm.data.tokenizers import tokenizer_of
 from vlm.data.video import DecodeError
-from vlm.types import Batch, Colours, Example, Record, Row, TextRows, UserError
+from vlm.types import IGNORE, Batch, Colours, Example, Record, Row, TextRows, Tokens, UserError
 
 BLIND = "blind"
 PROBES = (BLIND,)
@@ -120,6 +120,28 @@ def endings(tokenizer: Path | None, end: str) -> list[tuple[int, ...]]:
         ids = known.encode(before + end)
         found.append(tuple(ids[known.tokens_before(before + end, len(before.rstrip(" "))) :]))
     return [ids for ids in dict.fromkeys(found) if ids]
+
+
+def all_ends(tokenizer: Path | None, texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Tokens that end a text which a model writes: the end token, and what these texts may become."""
+    return ((tokenizer_of(tokenizer).eos,), *dict.fromkeys(ids for end in texts for ids in endings(tokenizer, end)))
+
+
+def decoded(tokenizer: Path | None, ids: Sequence[int], texts: Sequence[str]) -> str:
+    """The text of ids that a model wrote, up to the end token or one of these texts."""
+    known, ids = tokenizer_of(tokenizer), list(ids)
+    text = known.decode(ids[: ids.index(known.eos)] if known.eos in ids else ids)
+    for end in texts:
+        text = text.partition(end)[0]
+    return text.strip()
+
+
+def count_row(counters: dict[str, int], tokens: Tokens, *, too_long: bool) -> None:
+    """Add what a training row lost, and whether anything is left of it to be learnt."""
+    note(counters, "rows_shortened", bool(tokens.dropped))
+    note(counters, "tokens_dropped", tokens.dropped)
+    note(counters, "rows_too_long", too_long)
+    note(counters, "rows_untaught", all(label == IGNORE for label in tokens.labels))
 
 
 def note(counters: dict[str, int], name: str, number: int) -> None:

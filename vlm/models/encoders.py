@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.config import override
 from vlm.data.frame_pixels import Nearest
@@ -104,8 +104,10 @@ def open_clip(
     """CLIP's `image_embeds`, or `states`, of frames at a rate, or of so many."""
     encoder = load_clip(folder, states).to(DTYPES[precision])
     prepare = _prepare(encoder, resize)
-    names = tuple(states or ()) or (name,)
-    return Chosen(encoder, _reader(prepare, fps, frames, shards), names, dtype, _described(encoder, precision))
+    reader, said = _reader(prepare, fps, frames, shards), _described(encoder, precision)
+    if states:
+        return Chosen(encoder, reader, tuple(states), dtype, said)
+    return Chosen(_called(encoder, name), reader, (name,), dtype, said)
 
 
 def open_layout(
@@ -145,7 +147,8 @@ def open_glimpse(
 ) -> Chosen:  # fmt: skip
     """The demo's encoder, of frames at a rate, or of so many."""
     encoder = glimpse.load(file)
-    return Chosen(encoder, _reader(encoder.prepare, fps, frames, shards), (name,), dtype, _described(encoder))
+    reader, said = _reader(encoder.prepare, fps, frames, shards), _described(encoder)
+    return Chosen(_called(encoder, name), reader, (name,), dtype, said)
 
 
 def open_tower(
@@ -235,6 +238,25 @@ def _check_width(inputs: Any, width: int, place: Path) -> None:
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
+
+
+class _Called(nn.Module):
+    """An encoder of one tensor, which gets a name."""
+
+    def __init__(self, encoder: nn.Module, name: str) -> None:
+        super().__init__()
+        self.encoder, self.name = encoder, name
+
+    def forward(self, frames: Tensor) -> dict[str, Tensor]:
+        return {self.name: self.encoder(frames)}
+
+    def join(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        join = getattr(self.encoder, "join", None)
+        return rows if join is None else {self.name: join(rows[self.name])}
+
+
+def _called(encoder: nn.Module, name: str) -> nn.Module:
+    return encoder if name == "features" else _Called(encoder, name)
 
 
 def _prepare(encoder: ClipFrames, resize: Resize) -> Prepare:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from tools import score
+from vlm.data.chat_records import questions_of
 from vlm.data.time_axis import TimeAxis
 from vlm.metrics.segment_answers import read_answer
 from vlm.metrics.segments import pooled, video_figures
 from vlm.run.segment_files import activity_of, read_frames, read_texts
-from vlm.sources.common_chat import lines_of
+from vlm.sources.common_chat import make_chat
 from vlm.sources.common_segments import read_mapping, read_segments
-from vlm.types import UserError
+from vlm.types import Record, UserError
 
 TRUTH = {"P03_cam01_P03_tea": ["SIL"] * 4 + ["add_teabag"] * 6, "P04_cam01_P04_milk": ["SIL"] * 5 + ["pour_milk"] * 5}
 SAID = {"P03_cam01_P03_tea": ["SIL"] * 5 + ["add_teabag"] * 5, "P04_cam01_P04_milk": ["SIL"] * 10}
@@ -189,7 +190,10 @@ def test_published_labels_as_a_model_is_to_write_them_are_read_back(realdata: Pa
     for file in sorted((folder / "groundTruth").glob("*.txt")):
         segments, _ = read_segments(file, classes)
         axis = TimeAxis(segments[-1]["end"], places)
-        answer, problem = read_answer(axis.render(lines_of(segments)), places)
+        chat = make_chat(file.stem, segments, "")
+        record = Record(key=file.stem, shard="", row=0, video=None, annotation={"chat": chat},
+                        num_frames=axis.num_frames, fps=0.0, decoders=())  # fmt: skip
+        answer, problem = read_answer(questions_of(record, places)[0].answer or "", places)
         assert problem == "", file.name
         said = [(axis.frame(start), axis.frame(end), label) for start, end, label in answer]
         videos.append(video_figures([(one["start"], one["end"], one["name"]) for one in segments], said))

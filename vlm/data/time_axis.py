@@ -13,7 +13,6 @@ import re
 from typing import NamedTuple
 
 _TIME = re.compile(r"<t:(\d+)>")
-_STRETCH = re.compile(r"<t:(\d+)>-<t:(\d+)> .*")  # a line of an answer that lists segments
 
 
 class TimeAxis(NamedTuple):
@@ -35,18 +34,8 @@ class TimeAxis(NamedTuple):
         return _rescaled(place, self.places, self.num_frames)
 
     def render(self, text: str) -> str:
-        """A text with its times, written `<t:F>` for the border F of frames, as borders of places.
-
-        A line `<t:A>-<t:B> label` of so few frames that both borders are one is left out, if others remain: as `7-7` it
-        would be no stretch to anyone who reads it.
-        """
-        lines = text.split("\n")
-        kept = [line for line in lines if not self._is_nothing(line)]
-        return _TIME.sub(lambda found: str(self.place(int(found[1]))), "\n".join(kept or lines))
-
-    def _is_nothing(self, line: str) -> bool:
-        found = _STRETCH.fullmatch(line)
-        return found is not None and self.place(int(found[1])) == self.place(int(found[2]))
+        """A text with its times, written `<t:F>` for the border F of frames, as borders of places."""
+        return _TIME.sub(lambda found: str(self.place(int(found[1]))), text)
 
 
 def _rescaled(border: int, of: int, to: int) -> int:

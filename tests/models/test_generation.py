@@ -128,10 +128,12 @@ def test_beams_find_likelier_texts_than_greedy() -> None:
     assert beams > greedy + 0.1
 
 
-def test_sampling_follows_probabilities_and_seed() -> None:
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.8), (7, 1.0), (7, 0.6)])
+def test_sampling_follows_probabilities_and_seed(top_k: int | None, top_p: float) -> None:
+    """Among the `top_k` likeliest, and of these among those that have the share `top_p` of their probability."""
     model, row = system("llama"), ROWS[0]
     draws = 400
-    config = GenerationConfig(max_new_tokens=1, sample=True, temperature=0.5, top_p=0.8)
+    config = GenerationConfig(max_new_tokens=1, sample=True, temperature=0.5, top_k=top_k, top_p=top_p)
 
     def words(seed: int) -> list[int]:
         keys = [str(number) for number in range(draws)]
@@ -142,7 +144,8 @@ def test_sampling_follows_probabilities_and_seed() -> None:
         hidden = model.read(["answer"], [rows], Batch(keys=("x",), features=small.features()))
         chances = (model.logits(hidden[-1:])[0] / 0.5).softmax(0)
     likely, order = chances.sort(descending=True)
-    nucleus = order[: int((likely.cumsum(0) < 0.8).sum()) + 1]
+    shares = likely[:top_k].cumsum(0) / likely[:top_k].sum()
+    nucleus = order[:top_k][: int((shares < top_p).sum()) + 1]
     drawn = words(0)
     assert set(drawn) <= set(nucleus.tolist())
     want = chances[nucleus] / chances[nucleus].sum()
@@ -219,6 +222,8 @@ def test_what_cannot_be_is_refused() -> None:
         (["prompt_pad=right"], "prompt_pad is right; it must be left unless generation.rules is 4.28"),
         (["max_new_tokens=0"], "max_new_tokens is 0; it must be 1 or more"),
         (["min_new_tokens=40"], "min_new_tokens is 40; it must be at most generation.max_new_tokens=32"),
+        (["top_k=5"], "top_k is 5; it must be none unless generation.sample is true"),
+        (["sample=true", "top_k=0"], "top_k is 0; it must be above 0, or none"),
         (["sample=true", "top_p=0"], "top_p is 0.0; it must be above 0 and at most 1"),
         (["rules=4.29"], "expected one of hf, 4.28"),
     ],
@@ -228,7 +233,7 @@ def test_settings_that_contradict_are_refused(settings: list[str], says: str) ->
         override(GenerationConfig(), settings)
 
 
-@pytest.mark.parametrize("name", ("greedy", "sampling"))
+@pytest.mark.parametrize("name", ["greedy", "sampling"])
 def test_watched_token_by_token(name: str) -> None:
     model, config = system("llama"), CONFIGS[name]
     whole = generate(model, batch(), config, ends=[(END,)], keys=KEYS)

@@ -170,7 +170,7 @@ def _write(
         # not by `settings`, for then as many written tokens as the row has padding are passed over
         steps.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
     if draws is not None:
-        steps.append(_Draw(draws.to(mask.device), config.temperature, config.top_p))
+        steps.append(_Draw(draws.to(mask.device), config))
     ids = llm.generate(
         inputs_embeds=inputs,
         attention_mask=mask,
@@ -200,13 +200,17 @@ def _draws(config: GenerationConfig, seed: int, keys: Sequence[str] | None) -> T
 class _Draw(LogitsProcessor):
     """Leaves one token of each row: the one at which the row's number for this step falls among the probabilities."""
 
-    def __init__(self, draws: Tensor, temperature: float, top_p: float) -> None:
-        self.draws, self.temperature, self.top_p = draws, temperature, top_p
+    def __init__(self, draws: Tensor, config: GenerationConfig) -> None:
+        self.draws, self.config = draws, config
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """input_ids (B, tokens so far), scores (B, V) -> (B, V): 0 at the token, else minus infinity."""
-        likely, words = (scores / self.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        likely = likely * (likely.cumsum(-1) - likely < self.top_p)
+        c = self.config
+        likely, words = (scores / c.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        if c.top_k is not None:
+            likely[:, c.top_k :] = 0
+            likely = likely / likely.sum(-1, keepdim=True)
+        likely = likely * (likely.cumsum(-1) - likely < c.top_p)
         total = likely.cumsum(-1)
         place = (total <= self.draws[:, input_ids.shape[1], None] * total[:, -1:]).sum(-1, keepdim=True)
         place = place.minimum((likely > 0).sum(-1, keepdim=True) - 1)

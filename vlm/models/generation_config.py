@@ -24,6 +24,9 @@ class GenerationConfig:
     what else is in the batch."""
     temperature: float = 1.0
     """Divisor of the logits that are sampled from: below 1 surer, above 1 wilder."""
+    top_k: int | None = None
+    """Sample among so many likeliest tokens, before `top_p`; none: among all. Video-ChatGPT's variant for Breakfast is
+    published with temperature 0.2 and 25."""
     top_p: float = 1.0
     """Sample among the likeliest tokens that have this probability together (nucleus sampling); 1: among all."""
     repetition_penalty: float = 1.0
@@ -44,6 +47,7 @@ class GenerationConfig:
             _require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
         for name in ("temperature", "repetition_penalty"):
             _require(0 < getattr(self, name) < inf, name, getattr(self, name), "a finite number above 0")
+        _require(self.top_k is None or self.top_k > 0, "top_k", self.top_k, "above 0, or none")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(-inf < self.length_penalty < inf, "length_penalty", self.length_penalty, "a finite number")
         short = f"at most generation.max_new_tokens={self.max_new_tokens}"
@@ -51,6 +55,7 @@ class GenerationConfig:
         if not self.sample:
             for name in ("temperature", "top_p"):
                 _require(getattr(self, name) == 1, name, getattr(self, name), "1 unless generation.sample is true")
+            _require(self.top_k is None, "top_k", self.top_k, "none unless generation.sample is true")
         greedy = "1 with one beam, where nothing is compared: set generation.num_beams too"
         _require(self.num_beams > 1 or self.length_penalty == 1, "length_penalty", self.length_penalty, greedy)
         _require(

@@ -55,6 +55,11 @@ def offloads_optimizer(hardware: dict[str, Any]) -> bool:
     return section.get("device", "none") == "cpu"
 
 
+UNTAUGHT_STEPS = 3
+"""Steps on end without anything to learn that end a run. One is no fault: batches of a sample or two meet a sample
+whose answer was cut away now and then; its loss is 0, and it is counted as `rows_untaught`."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What one optimizer step gave, the same on every rank."""
@@ -91,6 +96,7 @@ class Engine:
                 model=model, optimizer=optimizer, config=dict(config), dist_init_required=False
             )
         zero_state.forget_warm_up(self)
+        self._untaught = 0
         steps = config["gradient_accumulation_steps"]
         self.modalities = Modalities(model.reads_text, recipe.inputs, recipe.views, steps, world)
 
@@ -109,11 +115,12 @@ class Engine:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         totals, counters = self._global_counts(micro_batches)
         sums = dict.fromkeys(totals, 0.0)
-        if not any(totals.values()):
+        self._untaught = 0 if any(totals.values()) else self._untaught + 1
+        if self._untaught == UNTAUGHT_STEPS:
             raise UserError(
-                f"no view ({', '.join(totals)}) has anything to learn in this whole batch: every label is masked or "
-                f"cut away; samples on rank {self.world.rank}: {_keys(micro_batches)}. Look at the prompts and at "
-                "inputs.max_length"
+                f"no view ({', '.join(totals)}) has anything to learn in {UNTAUGHT_STEPS} whole batches on end: every "
+                f"label is masked or cut away; samples on rank {self.world.rank}: {_keys(micro_batches)}. Look at the "
+                "prompts and at inputs.max_length"
             )
         self.deepspeed.train()
         for number, item in enumerate(micro_batches, 1):

@@ -43,7 +43,7 @@ TEST_PERSONS = {1: range(3, 16), 2: range(16, 29), 3: range(29, 42), 4: range(42
 FPS = 15.0
 
 _FOLDERS = ("groundTruth", "segmentation_coarse")
-_VIDEOS = ("", "BreakfastII_15fps_qvga_sync", "videos", "Videos/BreakfastII_15fps_qvga_sync")
+VIDEO_FOLDERS = ("", "BreakfastII_15fps_qvga_sync", "videos", "Videos/BreakfastII_15fps_qvga_sync")
 _WRITTEN = ("Breakfast", "LLM/Breakfast/Breakfast", "LLM/Breakfast")
 _NAME = re.compile(r"P(\d+)_(cam\d+|webcam\d+|stereo)\d*_P\1_([a-z]+)")
 _SPLIT = re.compile(r"(train|test)\.split([1-4])")
@@ -106,7 +106,7 @@ class _Places:
 
 
 def _bases(root: Path) -> tuple[Path, ...]:
-    return tuple(base for name in _VIDEOS if (base := root / name).is_dir())
+    return tuple(base for name in VIDEO_FOLDERS if (base := root / name).is_dir())
 
 
 def _is_written(folder: Path) -> bool:

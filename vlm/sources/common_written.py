@@ -16,7 +16,7 @@ a time becomes `<t:F>` (`vlm/sources/common_chat.py`), other numbers stay.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def read_written(file: Path, segments: Sequence[Mapping[str, Any]]) -> tuple[lis
     except UserError as error:
         return [], (str(error),)
     pairs, warnings = _parse(file, text)
-    ends = {part["end"] for part in segments}
+    ends = {part["end"]: part["end"] for part in segments}
     rows = [
         {"kind": "written", "question": with_times(question, ends), "answer": with_times(answer, ends)}
         for question, answer in pairs
@@ -85,15 +85,19 @@ def _parse(file: Path, text: str) -> tuple[list[tuple[str, str]], list[str]]:
     return pairs, warnings
 
 
-def with_times(text: str, ends: Collection[int]) -> str:
+def with_times(text: str, ends: Mapping[int, int], scale: int = 1) -> str:
     """A text with `<t:F>` for what it tells of frames, and blanks for what joins the words of labels.
 
     A range is of frames where a line begins with it, where a word such as "between" stands before it, or where it names
     an end of a segment; a single number where "frame" stands before it, or "at" and the like before such an end.
+
+    Args:
+        ends: how the end of a segment is told -> that end. A frame that two segments share is the former's.
+        scale: frames that a step of other numbers is.
     """
 
-    def border(first: int) -> str:
-        return time_of(first if first in ends else max(0, first - 1))  # a frame that two share is the former's
+    def border(told: int, first: bool) -> str:
+        return time_of(ends.get(told, max(0, told * scale - first)))
 
     def of_range(found: re.Match[str]) -> str:
         lead, first, between, last = found[1] or "", int(found[2]), found[3], int(found[4])
@@ -102,13 +106,13 @@ def with_times(text: str, ends: Collection[int]) -> str:
             return found[0]
         if "-" in between or "–" in between:
             between = "-"
-        return f"{lead}{border(first)}{between}{time_of(last)}"
+        return f"{lead}{border(first, True)}{between}{border(last, False)}"
 
     def of_frame(found: re.Match[str]) -> str:
-        return f"{found[1]}{time_of(max(0, int(found[2]) - 1))}"
+        return f"{found[1]}{time_of(max(0, int(found[2]) * scale - 1))}"
 
     def of_moment(found: re.Match[str]) -> str:
-        return f"{found[1]}{border(int(found[2]))}" if int(found[2]) in ends else found[0]
+        return f"{found[1]}{border(int(found[2]), True)}" if int(found[2]) in ends else found[0]
 
     text = _MOMENT.sub(of_moment, _FRAME.sub(of_frame, _RANGE.sub(of_range, text)))
     return _LABEL.sub(" ", text)

@@ -197,7 +197,7 @@ def export(items: Sequence[Item], file: Path, form: str) -> None:
 def _judge(options: argparse.Namespace) -> Judge:
     if options.recorded is not None:
         return Recorded(options.recorded, options.model)
-    return OpenAICompatible(
+    found = OpenAICompatible(
         options.endpoint,
         options.model,
         key_variable=options.key_env,
@@ -208,6 +208,9 @@ def _judge(options: argparse.Namespace) -> Judge:
         retries=options.retries,
         per_minute=options.per_minute,
     )
+    if found.is_open:
+        print(f"warning: the key goes to {found.name.endpoint} unencrypted; use https", file=sys.stderr)
+    return found
 
 
 def report(outcome: Outcome, folder: Path) -> int:

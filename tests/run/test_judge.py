@@ -248,6 +248,11 @@ def test_a_key_is_never_said(serve: Callable[..., Server], monkeypatch: pytest.M
         "s", "u"
     )
     assert KEY not in reply + reply.model
+    with pytest.raises(UserError) as caught:  # half of it would stand where messages are cut
+        OpenAICompatible(serve([(401, {}, b" " * 1990 + KEY.encode())]).url, "m", key_variable="JUDGE_KEY").ask(
+            "s", "u"
+        )
+    assert KEY[:5] not in str(caught.value)
     with pytest.raises(UserError) as caught:
         OpenAICompatible("http://localhost/v1", "m", key_variable=KEY)  # the key itself, by mistake
     assert KEY not in str(caught.value)
@@ -257,6 +262,16 @@ def test_a_key_is_never_said(serve: Callable[..., Server], monkeypatch: pytest.M
     with pytest.raises(UserError, match="holds what no key can") as caught:
         OpenAICompatible("http://localhost/v1", "m", key_variable="JUDGE_KEY")
     assert "two" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_open"),
+    [("http://host/v1", True), ("https://host/v1", False), ("http://localhost:8/v1", False), ("http://[::1]/v1", False),
+     ("http://127.0.0.1", False), ("http://localhost.evil/v1", True)],
+)  # fmt: skip
+def test_keys_over_the_network(endpoint: str, is_open: bool) -> None:
+    assert OpenAICompatible(endpoint, "m", key_variable="JUDGE_KEY").is_open == is_open
+    assert not OpenAICompatible(endpoint, "m").is_open
 
 
 @pytest.mark.parametrize("endpoint", ["https://me:pw@host/v1", "https://host/v1?key=pw", "https://host/v1#pw"])
@@ -392,6 +407,16 @@ def test_a_model_that_cannot_judge(serve: Callable[..., Server], tmp_path: Path)
     with pytest.raises(UserError, match="no verdict in the replies about 20 items in a row"):
         run(tmp_path, [work(tmp_path / "p.json", 60)], OpenAICompatible(server.url, "m"), attempts=1, threads=2)
     assert len(server.requests) < 40
+
+
+def test_requests_that_are_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
+    def answer(_: int, request: dict[str, Any]) -> Answer:
+        return (400, {}, b"response_format?") if "response_format" in request else said('{"score": 2}')
+
+    url, own = serve(answer).url, work(tmp_path / "p.json", 9)
+    with pytest.raises(UserError, match=r"refused: status 400: response_format\?.*with --again"):
+        run(tmp_path, [own], OpenAICompatible(url, "m"), threads=2)
+    assert run(tmp_path, [own], OpenAICompatible(url, "m", json_mode=False)).entries[0]["judged"] == 9
 
 
 def test_a_wrong_key_stops_at_once(serve: Callable[..., Server], tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ class OpenAICompatible:
         retries: how often a request that found no answer is sent again.
         per_minute: most requests a minute; None: as fast as the server lets us.
 
+    `is_open`: a key goes over the network unencrypted.
+
     Raises:
         UserError: the endpoint is none, or the variable is not set.
     """
@@ -150,6 +152,7 @@ class OpenAICompatible:
     ) -> None:
         self._url, shown = _checked_endpoint(endpoint)
         self._key = _key(key_variable)
+        self.is_open = bool(self._key) and self._url.startswith("http:") and not _is_loopback(shown)
         self._timeout, self._retries = timeout, retries
         self._pace = Pace(per_minute)
         self._own = threading.local()
@@ -253,8 +256,9 @@ class OpenAICompatible:
             raise UserError(f"{where}: is --endpoint the address before /chat/completions, and --model right?")
 
     def _excerpt(self, body: bytes) -> str:
-        text = " ".join(body[:2000].decode("utf-8", "replace").split())
-        return f": {self._without_key(text)[:300]}" if text else ""
+        text = self._without_key(body.decode("utf-8", "replace"))  # whole, so that no half of a key is left
+        text = " ".join(text[:2000].split())[:300]
+        return f": {text}" if text else ""
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
@@ -286,6 +290,10 @@ def _checked_endpoint(endpoint: str) -> tuple[str, str]:
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     shown = f"{host}{'' if port is None else f':{port}'}{path}"
     return f"{parts.scheme}://{shown}/chat/completions", shown
+
+
+def _is_loopback(shown: str) -> bool:
+    return re.match(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:|/|$)", shown) is not None
 
 
 def _key(variable: str | None) -> str:

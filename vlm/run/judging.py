@@ -27,6 +27,7 @@ ROWS, FIGURES = "judged.jsonl", "judged.json"
 _IN_HAND = 2  # requests that are made out for each thread
 _Asked = Future[tuple[dict[str, Any] | None, str]]
 _SAID_EVERY = 10.0  # seconds
+_REFUSED = "refused"
 _MOST_WITHOUT = 20  # items in a row whose replies hold no verdict, after which the run stops
 
 
@@ -169,6 +170,7 @@ class _Patience:
             raise UserError(
                 f"{self.judge.name.endpoint}: {self.without_reply} requests in a row had no success, the last one: "
                 f"{problem}; what was judged before is in {self.path}, and the same command goes on"
+                f"{' (with --again, about these too)' if problem.startswith(_REFUSED) else ''}"
             )
         if row is not None and self.without_verdict >= _MOST_WITHOUT:
             raise UserError(
@@ -211,7 +213,7 @@ def _row(request: Request, judge: Judge, attempts: int) -> tuple[dict[str, Any] 
                 raise
             problem = str(error)
         except Refused as error:
-            problem = refused = f"refused: {error}"
+            problem = refused = f"{_REFUSED}: {error}"
             break
         except Unanswered as error:
             return None, str(error)

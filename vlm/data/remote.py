@@ -171,6 +171,9 @@ class RemoteFiles:
                 f"{self.where(name)} {how}: {error} (given up after {time.monotonic() - start:.0f} s)"
             ) from error
 
+    def mapped(self, number: int, offset: int, nbytes: int) -> memoryview | None:
+        return None
+
     def confirm(self, number: int) -> None:
         version = self._latest.get(number, "")
         if self._is_known(number, version):

@@ -135,7 +135,7 @@ class Derived:
         members: dict[str, tuple[str, bytes]] = {}
         if "video" in self.keep and record.video is not None:
             members["video"] = (container_extension(record.video) or "bin", record.video)
-        members |= {name: (name, content) for name, content in sorted({**record.members, **new}.items())}
+        members |= {name: (name, bytes(content)) for name, content in sorted({**record.members, **new}.items())}
         return members | {"json": ("json", layout.to_json(record.annotation))}
 
     def _facts(self, row: int) -> dict[str, Any]:

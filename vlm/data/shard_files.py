@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import threading
 import time
@@ -55,6 +56,10 @@ class Files(Protocol):
         Raises:
             ShardGoneError, ShardChangedError, ShardError: it cannot be read, and trying again did not help.
         """
+
+    def mapped(self, number: int, offset: int, nbytes: int) -> memoryview | None:
+        """Bytes of a shard as they lie in the file, without a copy; whoever writes there writes to a copy of his own.
+        None: this is not to be had here: `read` them."""
 
     def confirm(self, number: int) -> None:
         """Raise ShardChangedError if a shard from which a good record was read is another than the one written."""
@@ -133,6 +138,15 @@ class LocalFiles:
                     raise ShardError(f"{path}: cannot be read: {error.strerror or error}") from error
         raise AssertionError("unreachable")
 
+    def mapped(self, number: int, offset: int, nbytes: int) -> memoryview | None:
+        path = self.folder / layout.shard_name(number)
+        try:
+            view = self._open.mapped(path, _state(path), offset, nbytes)
+        except (OSError, ValueError):  # no longer so long, or of a file system that cannot: `read` says what it is
+            return None
+        self.bytes_read += nbytes
+        return view
+
     def confirm(self, number: int) -> None:
         if not self._changed(number):
             return
@@ -188,6 +202,21 @@ class _OpenFiles:
 
     def read(self, path: Path, state: tuple[int, int, int], offset: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes; fewer only where the file ends. A file whose state is another is opened again."""
+        file = self._file(path, state)
+        parts = []
+        while nbytes > 0 and (part := os.pread(file.descriptor, nbytes, offset)):
+            parts.append(part)
+            offset, nbytes = offset + len(part), nbytes - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def mapped(self, path: Path, state: tuple[int, int, int], offset: int, nbytes: int) -> memoryview:
+        """ValueError: the file ends before."""
+        first = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        descriptor = self._file(path, state).descriptor
+        whole = mmap.mmap(descriptor, offset + nbytes - first, access=mmap.ACCESS_COPY, offset=first)
+        return memoryview(whole)[offset - first :]
+
+    def _file(self, path: Path, state: tuple[int, int, int]) -> _File:
         if self._process != os.getpid():  # a forked process: its parent's lock may be held by a thread that is gone
             self.__init__(self.most)  # type: ignore[misc]
         with self._lock:
@@ -197,11 +226,7 @@ class _OpenFiles:
             self._files[path] = state, file
             if len(self._files) > self.most:
                 self._files.popitem(last=False)
-        parts = []
-        while nbytes > 0 and (part := os.pread(file.descriptor, nbytes, offset)):
-            parts.append(part)
-            offset, nbytes = offset + len(part), nbytes - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return file
 
 
 def _state(path: str | Path) -> tuple[int, int, int]:

@@ -26,6 +26,9 @@ from vlm.types import Record, UserError
 HASHED_BYTES = 64 << 20
 """Largest index (about 600,000 rows) whose sha256 is compared with the manifest's when a set is opened (<= 0.3 s)."""
 CACHE_BYTES = 20 << 30
+MAPPED_BYTES = 1 << 20
+"""Members of this size and more, of sets in a folder, are mapped, not read: what nobody looks at is never fetched."""
+_MAPPED = (".safetensors", ".npy")
 _GAP = 4 * layout.BLOCK  # bytes between two members that are read rather than asked around: padding and headers
 
 
@@ -122,8 +125,8 @@ class ShardSet:
 
     @property
     def num_questions(self) -> np.ndarray:
-        """(rows,) int32: questions of each record, rows of its chat, or texts of its boundaries; zeros where the set has
-        none. Mapped, where there are some."""
+        """(rows,) int32: questions of each record, rows of its chat, or texts of its boundaries; zeros where the set
+        has none. Mapped, where there are some."""
         return self.index["questions"] if self._counts_questions else np.broadcast_to(np.int32(0), len(self))
 
     @property
@@ -200,21 +203,23 @@ class ShardSet:
         places = {member: place for member, place in places.items() if place[0] >= 0}
         whole = int(entry["offset"]), int(entry["nbytes"])
         wanted = {m: place for m, place in places.items() if members is None or m in members or m == "json"}
-        contents: dict[str, bytes] = {}
-        for start, length in [whole] if wanted == places else _spans(wanted.values()):
+        contents: dict[str, Any] = self._mapped(number, wanted)
+        needed = {m: (begin, 0 if m in contents else nbytes) for m, (begin, nbytes) in wanted.items()}
+        at_once = wanted == places and not contents
+        for start, length in [whole] if at_once else _spans(needed.values()):
             where = self._where(entry, start, length)
             data = self._files.read(number, start, length, again)
             if len(data) < length:
                 raise ShardError(
                     f"{where}: only {len(data)} bytes are there; the file was cut short after it was written"
                 )
-            _check_header(data[: layout.BLOCK], name, where, first=wanted == places)
-            for member, (begin, nbytes) in wanted.items():
-                if start <= begin < start + length:
-                    contents[member] = data[begin - start : begin - start + nbytes]
-                    if wanted != places:
+            _check_header(data[: layout.BLOCK], name, where, first=at_once)
+            for member, (begin, nbytes) in needed.items():
+                if start < begin <= start + length - nbytes:
+                    contents.setdefault(member, data[begin - start : begin - start + nbytes])
+                    if not at_once:
                         header = data[begin - start - layout.BLOCK : begin - start]
-                        _check_header(header, name, where, member=member, nbytes=nbytes)
+                        _check_header(header, name, where, member=member, nbytes=wanted[member][1])
         where = self._where(entry, *whole)
         annotation = _read_annotation(contents.get("json", b""), where)
         asked = layout.count_asked(annotation)
@@ -234,6 +239,15 @@ class ShardSet:
             decoders=tuple(name for name, bit in layout.DECODER_BITS.items() if entry["decoders"] & bit),
             members={name: content for name, content in contents.items() if name != "json"},
         )
+
+    def _mapped(self, number: int, wanted: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+        """The large ones among these members as they lie in the file."""
+        views = {
+            member: self._files.mapped(number, begin, nbytes)
+            for member, (begin, nbytes) in wanted.items()
+            if nbytes >= MAPPED_BYTES and member.endswith(_MAPPED)
+        }
+        return {member: view for member, view in views.items() if view is not None}
 
     def _where(self, entry: Any, offset: int, nbytes: int) -> str:
         """Bytes of a record, for messages."""

@@ -249,8 +249,12 @@ def test_pairs_of_a_run() -> None:
         (("v1?", "v3?"), ("v1!", "v3!")),
         (("w0?", "w1?"), ("w0!", "w1!")),
     ]
-    with pytest.raises(UserError, match="w1: no other text of 'w' has the answer 'A'"):
+    with pytest.raises(UserError, match=r"w1: no other text of 'w' goes with it \('A'\)"):
         items_of_run(rows[:2] + rows[3:], pairs=True)
+    for row, name in zip(rows, ("v/0/1", "v/1/1", "w/0/1", "v/1/2", "v/0/2", "w/0/2"), strict=True):
+        row.id = name
+    named, _ = items_of_run(rows, pairs=True)
+    assert [item.questions for item in named] == [("v1?", "v2?"), ("v0?", "v3?"), ("w0?", "w1?")]
     with pytest.raises(UserError, match="2 questions, but the form general holds 1"):
         published_rows(items, "general")
     with pytest.raises(UserError, match="no form 'x'"):

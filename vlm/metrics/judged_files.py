@@ -166,8 +166,8 @@ def items_of_run(writings: Sequence[Writing], *, pairs: bool) -> tuple[list[Item
     """(items in the order of the rows, keys of rows that nothing is known to be right for).
 
     Args:
-        pairs: two rows make an item: of the texts of one record (`Writing.video`), one after the other, those that
-            have the same reference.
+        pairs: two rows make an item: of the texts of one record (`Writing.video`) those whose ids are `x/1` and `x/2`;
+            where they have no such ids, one after the other, those that have the same reference.
 
     Raises:
         UserError: a row of a pair has no partner.
@@ -182,16 +182,22 @@ def items_of_run(writings: Sequence[Writing], *, pairs: bool) -> tuple[list[Item
 def _paired(writings: Sequence[Writing]) -> Iterator[tuple[Writing, Writing]]:
     waiting: dict[tuple[str, str], Writing] = {}
     for row in writings:
-        name = (row.video, _answer(row))
+        name = (row.video, _pair_of(row))
         if name in waiting:
             yield waiting.pop(name), row
         else:
             waiting[name] = row
-    for (video, answer), row in waiting.items():
+    for (video, name), row in waiting.items():
         raise UserError(
-            f"{row.key}: no other text of {video!r} has the answer {answer[:60]!r}; consistency is judged by two "
-            "questions of one record with the same answer"
+            f"{row.key}: no other text of {video!r} goes with it ({name[:60]!r}); consistency is judged by two "
+            "questions of one record, with ids that end in /1 and /2 or with the same answer"
         )
+
+
+def _pair_of(row: Writing) -> str:
+    """What the two of a pair have in common: their id but for its last part, 1 or 2; without such ids, the answer."""
+    stem, slash, last = row.id.rpartition("/")
+    return stem if slash and last in ("1", "2") else _answer(row)
 
 
 def _item(rows: Sequence[Writing]) -> Item:

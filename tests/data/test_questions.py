@@ -196,3 +196,33 @@ def test_batches_follow_the_order_of_questions(records):
     assert sorted(flat[:18]) == sorted(flat[18:])
     assert loader.keys_of_step(0) == list(alone[0])
     assert keys(1)[0] == alone
+
+
+def test_a_chat_asks_as_training_does(records):
+    """The prompt is the training row up to its answer; turns before the last are not known to these models."""
+    config = QuestionConfig(**SMALL)
+    record = records.read(2)
+    example = train(config, record, part=1)
+    row = example.rows["answer"][0]
+    asked = record.annotation["questions"][1]
+    typed = "\n".join([asked["question"], *(f"({'ABCDE'[at]}) {one}" for at, one in enumerate(asked["options"]))])
+    seen = config.look(record)
+    assert torch.equal(seen.features, example.features)
+    chat = config.converse([("What is it?", "(A)"), (typed, None)], seen)
+    (prompt,) = chat.prompts
+    first = next(place for place, label in enumerate(row.labels) if label != IGNORE)
+    assert (prompt.ids, prompt.video) == (row.ids[:first], row.video)
+    assert set(prompt.labels) == {IGNORE}
+    batch = config.test_batch([chat, chat])
+    assert batch.prompts.lengths == (first, first)
+    assert batch.prompts.sources.tolist() == list(range(8)), "each reads its own video"
+    assert config.decode(TEXT.encode("(B)\nQuestion: what")) == "(B)"
+    assert tuple(TEXT.encode("\n")) in config.ends
+
+
+def test_a_question_without_options_is_asked_for_words(records):
+    config = QuestionConfig(**SMALL)
+    (prompt,) = config.converse([("what is red", None)], config.look(records.read(0))).prompts
+    assert said(prompt).endswith("Question: What is red?\nAnswer: The answer is ")
+    with pytest.raises(UserError, match="sees no video"):
+        replace(config, use_video=False).look(records.read(0))

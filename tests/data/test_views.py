@@ -8,7 +8,18 @@ from dataclasses import replace
 
 import pytest
 
-from vlm.data.views import VIEWS, Item, answer, caption, find_caption, items, question, random_suffix, without_lead
+from vlm.data.views import (
+    VIEWS,
+    Item,
+    answer,
+    caption,
+    find_caption,
+    free_question,
+    items,
+    question,
+    random_suffix,
+    without_lead,
+)
 from vlm.types import Prompt, Text, UserError, Video
 
 ITEM = Item(question="why did Tom kick the ball", options=("to pass it", "for fun"), answer=1)
@@ -128,3 +139,12 @@ def test_random_suffix_begins_at_a_sentence() -> None:
     assert min(drawn.values()) > 60
     assert random_suffix("No stop", random.Random(0)) == "No stop"
     assert random_suffix("One. Two.", random.Random(0)) == "One. Two."
+
+
+def test_a_question_that_a_person_types() -> None:
+    typed = free_question("why did Tom kick the ball\n(A) to pass it\n b. for fun\n")
+    assert (typed.question, typed.options) == (ITEM.question, ITEM.options)
+    assert spelled(answer(typed, 1)) == spelled(answer(ITEM, 1))
+    open_ended = free_question("  what is it?\nTell me more. ")
+    assert (open_ended.question, open_ended.options) == ("what is it? Tell me more.", ())
+    assert spelled(answer(open_ended, 0)).endswith("|Question: What is it? tell me more.?\nAnswer: The answer is [(A)]")

@@ -27,7 +27,8 @@ from vlm.data.rng import SampleRng
 from vlm.data.shards import ShardSet
 from vlm.data.tokenizers import content_hash, tokenizer_of
 from vlm.data.video import DecodeError
-from vlm.data.views import VIEWS, Item, caption, find_caption, items, random_suffix, task, without_lead
+from vlm.data.video_rows import all_ends, counted, decoded
+from vlm.data.views import VIEWS, Item, caption, find_caption, free_question, items, random_suffix, task, without_lead
 from vlm.types import IGNORE, Ask, Batch, Example, Passage, Prompt, Record, Row, UserError, Visit
 
 BLIND = "blind"
@@ -218,12 +219,42 @@ class QuestionConfig:
         return {"": [example], **{probe: [replace(example, features=dark, counters={})] for probe in probes}}
 
     def test_batch(self, examples: Sequence[Example]) -> Batch:
-        """A test batch: for each video a tree of what its questions and options share."""
+        """A test batch: for each video a tree of what its questions and options share, or the prompts of chats."""
+        prompts = [_moved(row, *first) for example, *first in self._counted(examples) for row in example.prompts]
+        if prompts:
+            return replace(replace(self, keep_tokens=None)._batch(examples), prompts=pack(prompts, self.num_frames))
         trees = [
             share_prefixes([[_moved(row, *first) for row in options] for options in example.options])
             for example, *first in self._counted(examples)
         ]
         return replace(self._batch(examples), options=pack_trees(trees, self.num_frames))
+
+    # ------------------------------------------------------------------------------------------ what a chat calls
+
+    def look(self, record: Record) -> Example:
+        """What a model sees of a record: features of its frames, evenly spread. UserError: it reads none."""
+        if not self.use_video:
+            raise UserError("inputs.use_video is false: this recipe answers from captions, and sees no video")
+        features, _ = self._features(record, (Item(question="", options=()),))
+        return Example(key=record.key, features=features)
+
+    def converse(self, turns: Sequence[tuple[str, str | None]], example: Example) -> Example:
+        """The example with one prompt: the last question alone, as these models know no dialogues; with the options
+        that its lines after the first are (vlm.data.views.free_question), else for free words."""
+        whole = replace(self, max_length=1 << 30)
+        row, _ = whole._row(VIEWS["answer"](free_question(turns[-1][0]), 0), "answer", 0, False, {})
+        asked = next(place for place, label in enumerate(row.labels) if label != IGNORE)
+        prompt = row._replace(ids=row.ids[:asked], labels=row.labels[:asked])
+        return replace(example, prompts=(prompt,), counters={"rows_too_long": int(asked > self.max_length)})
+
+    @property
+    def ends(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens that end an answer in free words: the end token, and a line end."""
+        return all_ends(self.tokenizer, ("\n",))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids that a model wrote, up to what ends it."""
+        return decoded(self.tokenizer, ids, ("\n",))
 
     def blank(self) -> Example:
         """An example that stands in where a process has nothing left to score."""
@@ -288,8 +319,7 @@ class QuestionConfig:
             ) from error
         if len(cut) or span is None:
             return cut
-        # no frame was seen within the span: the last one before its end
-        last = min(int(span[1] * record.annotation["features"]["fps"]), len(whole) - 1)
+        last = min(int(span[1] * record.annotation["features"]["fps"]), len(whole) - 1)  # no frame was within the span
         return whole[max(last, 0)][None]
 
     def check_views(self, views: Iterable[str]) -> None:
@@ -352,15 +382,11 @@ class QuestionConfig:
         features = [example.features for example in examples if example.features is not None]
         assert len(features) in (0, len(examples))
         passages = [passage for example in examples for passage in example.passages]
-        counters: dict[str, int] = {}
-        for example in examples:
-            for name, count in example.counters.items():
-                counters[name] = counters.get(name, 0) + count
         return Batch(
             keys=tuple(example.key for example in examples),
             features=torch.cat(features) if features else None,
             passages=None if self.keep_tokens is None else gather_passages(passages, self.keep_tokens),
-            counters=counters,
+            counters=counted(examples),
         )
 
 

@@ -33,10 +33,6 @@ def gather(examples: Sequence[Example], colours: Colours) -> Batch:
     frames = [example.frames for example in videos if example.frames is not None]
     tokens = [example.frame_tokens for example in videos if example.frame_tokens is not None]
     assert not (frames and tokens), "pixels and features in one batch"
-    counters: dict[str, int] = {}
-    for example in examples:
-        for name, count in example.counters.items():
-            counters[name] = counters.get(name, 0) + count
     return Batch(
         keys=tuple(example.key for example in examples),
         frames=torch.cat(frames) if frames else None,
@@ -47,7 +43,7 @@ def gather(examples: Sequence[Example], colours: Colours) -> Batch:
             for name in (videos or [Example(key="")])[0].extra
         },
         colours=colours if frames else None,
-        counters=counters,
+        counters=counted(examples),
     )
 
 
@@ -142,6 +138,15 @@ def count_row(counters: dict[str, int], tokens: Tokens, *, too_long: bool) -> No
     note(counters, "tokens_dropped", tokens.dropped)
     note(counters, "rows_too_long", too_long)
     note(counters, "rows_untaught", all(label == IGNORE for label in tokens.labels))
+
+
+def counted(examples: Sequence[Example]) -> dict[str, int]:
+    """What had to be cut of all of them."""
+    counters: dict[str, int] = {}
+    for example in examples:
+        for name, count in example.counters.items():
+            counters[name] = counters.get(name, 0) + count
+    return counters
 
 
 def note(counters: dict[str, int], name: str, number: int) -> None:

@@ -15,6 +15,7 @@ https://arxiv.org/abs/2311.13627) and ViCo to the letter, since released weights
 from __future__ import annotations
 
 import random
+import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import Any
 
 from vlm.data.prompts import NEWLINE
 from vlm.types import Prompt, Text, UserError, Video
+
+_OPTION = re.compile(r"\(?[A-Za-z][).:]\s*(\S.*)")
 
 LEADS = ("In the video we see these scenes: ", "The video shows: ")
 """Sentences that published captions begin with."""
@@ -61,13 +64,27 @@ def items(annotation: Mapping[str, Any], *, context: str = "", caption: str = ""
     )
 
 
+def free_question(text: str) -> Item:
+    """The question that a person typed: with options, where each line after the first is one, such as `(A) a dog`."""
+    first, *rest = [line.strip() for line in text.strip().splitlines() if line.strip()] or [""]
+    found = [_OPTION.fullmatch(line) for line in rest]
+    options = tuple(match[1] for match in found if match is not None)
+    if rest and len(options) == len(rest):
+        return Item(question=first, options=options)
+    return Item(question=" ".join([first, *rest]), options=())
+
+
 # The views ------------------------------------------------------------------------------------------
 
 
 def answer(item: Item, choice: int) -> Prompt:
-    """Video (and caption, dialogue) and question -> option `choice`, the letter in brackets."""
+    """Video (and caption, dialogue) and question -> option `choice`, the letter in brackets.
+
+    A question without options, which no dataset has, is asked for an answer in free words.
+    """
     task = "dialogue, video and question" if item.dialogue else "video and question"
-    ask = Text(f"{_question(item)}\n{_options(item)}{_ANSWER}", apart=not item.context)
+    options = _options(item) if item.options else ""
+    ask = Text(f"{_question(item)}\n{options}{_ANSWER}", apart=not item.context)
     caption = (
         (Text("Video: ", apart=True), Text(item.context, shorten=True, mark=True), Text("\n")) if item.context else ()
     )

@@ -187,9 +187,9 @@ def _paired(writings: Sequence[Writing]) -> Iterator[tuple[Writing, Writing]]:
             yield waiting.pop(name), row
         else:
             waiting[name] = row
-    for (video, name), row in waiting.items():
+    for (video, common), row in waiting.items():
         raise UserError(
-            f"{row.key}: no other text of {video!r} goes with it ({name[:60]!r}); consistency is judged by two "
+            f"{row.key}: no other text of {video!r} goes with it ({common[:60]!r}); consistency is judged by two "
             "questions of one record, with ids that end in /1 and /2 or with the same answer"
         )
 

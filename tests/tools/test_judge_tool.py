@@ -9,12 +9,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tools import judge as tool
+from vlm.data.chats import ChatConfig
+from vlm.data.shards import ShardSet, write_shards
 from vlm.metrics.judged import ASPECTS, digest_of, prompts_of
 from vlm.metrics.judged_files import items_of_run, read_published
 from vlm.run.report import write_report
+from vlm.sources import video_chatgpt_benchmark
 from vlm.types import Writing
 
 KEY = "sk-very-secret-0123456789"
@@ -212,3 +216,30 @@ def test_what_cannot_be_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert says in capsys.readouterr().err
     scores.write_text(json.dumps({"key": "a", "truth": 0, "prediction": 0, "scores": [1.0], "text": 1}) + "\n")
     assert tool.main([str(tmp_path), "--dry-run"]) == 2
+
+
+def test_from_published_questions_to_what_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Questions of the benchmark as shards; what tests ask of them, answered; and the published file again."""
+    rows = [{"video_name": "v_a", "Q1": "What is it?", "Q2": "Which thing?", "A": "A cup."},
+            {"video_name": "v_b", "Q1": "Who?", "Q2": "Which man?", "A": "Me."},
+            {"video_name": "v_a", "Q1": "And this?", "Q2": "And that?", "A": "A cup."}]  # fmt: skip
+    (tmp_path / "consistency_qa.json").write_text(json.dumps(rows))
+    (tmp_path / "clip_pooled").mkdir()
+    for name in ("v_a", "v_b"):
+        np.save(tmp_path / "clip_pooled" / f"{name}.npy", np.ones((6, 4), np.float16))
+    items = video_chatgpt_benchmark.read(tmp_path, "consistency", [tmp_path / "clip_pooled"])
+    write_shards(items, tmp_path / "shards", arguments={}, workers=1)
+    shards = ShardSet(tmp_path / "shards")
+    inputs = ChatConfig(num_video_tokens=6, frame_dim=4, task="caption")
+    lines = [
+        {"key": ask.key, "text": f"[{ask.question}]", "references": list(ask.references), "kind": ask.kind,
+         "video": shards.key(number), "id": ask.id, "question": ask.question}
+        for number in range(len(shards)) for ask in inputs.asks(shards.read(number, inputs.members))]  # fmt: skip
+    run, file = tmp_path / "run", tmp_path / "pred.json"
+    run.mkdir()
+    (run / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert tool.main([str(run), "--dry-run"]) == 0
+    assert "==== consistency 3 of 3" in capsys.readouterr().out
+    assert tool.main([str(run), "--export", str(file), "--form", "consistency"]) == 0
+    answered = [{**row, "pred1": f"[{row['Q1']}]", "pred2": f"[{row['Q2']}]"} for row in rows]
+    assert sorted(json.loads(file.read_text()), key=str) == sorted(answered, key=str)

@@ -217,6 +217,8 @@ def open_encoder(options: argparse.Namespace, listing: Listing | None, shards: S
     given = {name: value for name, value in given.items() if value is not None}
     if options.recipe:
         found = recipes.load(options.recipe)
+        copies = encoders.augmented_of(found.inputs) if _is_clip(options) else ()
+        given = ({"augment": copies} if copies else {}) | given
         return encoders.open_for(found.model, found.inputs, file, fps=fps, shards=shards, **given)
     if options.layout:
         name, frames = given.pop("name", None), given.pop("frames", None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlm.config import override
 from vlm.data.frame_pixels import Nearest
 from vlm.data.frame_readers import Prepare, RateReader
+from vlm.data.frame_variants import VARIANTS
 from vlm.data.frames import CLIP_COLOURS
 from vlm.data.look_reader import LookReader
 from vlm.data.shard_set import ShardSet
@@ -32,7 +33,6 @@ from vlm.weights import state_hash
 
 POOLED, STATES, CLS = "clip_pooled", "clip_states", "clip_cls"
 POOLED_FRAMES, STATES_FRAMES = 100, 1000
-PLACES = 100  # of frames in `clip_pooled`
 
 Resize = Literal["nearest", "clip"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -77,8 +77,8 @@ class Layout(NamedTuple):
 
 
 def pooled_layout(name: str = POOLED, num_frames: int = POOLED_FRAMES) -> Layout:
-    """Video-ChatGPT's: patches of the layer before the last, means over space and over time, (100 + patches, D)."""
-    return Layout(num_frames, False, {name: States(-2, "patches")}, {name: PLACES})
+    """Video-ChatGPT's: patches of the layer before the last, means over space and over time, (frames + patches, D)."""
+    return Layout(num_frames, False, {name: States(-2, "patches")}, {name: num_frames})
 
 
 def states_layout(layers: Mapping[str, int | tuple[int, ...]], num_frames: int = STATES_FRAMES) -> Layout:
@@ -218,17 +218,31 @@ def layout_for(inputs: Any, folder: Path, frames: int | None = None) -> Layout:
     Features called clip_pooled… are the pooled ones; all others are class tokens: of the last layer, or of all.
     UserError: neither fits.
     """
-    name, places, vectors = inputs.features, inputs.num_video_tokens, inputs.frame_tokens
+    name, places, vectors, sizes = inputs.features, inputs.num_video_tokens, inputs.frame_tokens, clip_sizes(folder)
     if name.startswith(POOLED):
-        return pooled_layout(name, frames or POOLED_FRAMES)
-    layers = clip_sizes(folder).layers
-    if vectors not in (1, layers + 1):
+        if places <= sizes.patches or vectors != 1:
+            raise UserError(
+                f"{name} has a place for each frame and each of the {sizes.patches} patches of CLIP in {folder}, one "
+                f"vector each: inputs.num_video_tokens is {places}, inputs.frame_tokens {vectors}"
+            )
+        return pooled_layout(name, frames or places - sizes.patches)
+    if vectors not in (1, sizes.layers + 1):
         raise UserError(
-            f"inputs.frame_tokens is {vectors}, but CLIP in {folder} has {layers + 1} states a frame: 1 (of the last) "
-            f"or {layers + 1}"
+            f"inputs.frame_tokens is {vectors}, but CLIP in {folder} has {sizes.layers + 1} states a frame: 1 (of the "
+            f"last) or {sizes.layers + 1}"
         )
-    which = -1 if vectors == 1 else tuple(range(layers + 1))
+    which = -1 if vectors == 1 else tuple(range(sizes.layers + 1))
     return states_layout({name: which}, frames or places)
+
+
+def augmented_of(inputs: Any) -> tuple[str, ...]:
+    """The altered copies whose features a recipe's inputs read. UserError: there is no such copy."""
+    names = getattr(inputs, "augmented", ())
+    variants = tuple(name.removeprefix(f"{inputs.features}_") for name in names)
+    for name, variant in zip(names, variants, strict=True):
+        if variant not in VARIANTS or name == variant:
+            raise UserError(f"inputs.augmented: {name} is not {inputs.features}_ and one of {', '.join(VARIANTS)}")
+    return variants
 
 
 def _check_width(inputs: Any, width: int, place: Path) -> None:

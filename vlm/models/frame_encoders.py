@@ -155,16 +155,19 @@ class Sizes(NamedTuple):
 
     layers: int
     width: int  # of their states
+    patches: int  # of a picture
 
 
 def clip_sizes(folder: Path) -> Sizes:
     """What the config.json of a folder of CLIP says. UserError: see `load_clip`."""
     config = _read(folder / "config.json")
     config = config.get("vision_config") or config
-    sizes = config.get("num_hidden_layers", 12), config.get("hidden_size", 768)  # transformers' own where none are said
-    if not all(isinstance(size, int) for size in sizes):
-        raise UserError(f"{folder}: config.json says num_hidden_layers, hidden_size {sizes}, which are no numbers")
-    return Sizes(*sizes)
+    usual = {"num_hidden_layers": 12, "hidden_size": 768, "image_size": 224, "patch_size": 32}  # transformers' own
+    said = {name: config.get(name, value) for name, value in usual.items()}
+    if not all(isinstance(size, int) and size > 0 for size in said.values()):
+        raise UserError(f"{folder}: config.json says {said}, which are not all numbers above 0")
+    layers, width, image, patch = said.values()
+    return Sizes(layers, width, (image // patch) ** 2)
 
 
 def _read(file: Path) -> dict[str, Any]:

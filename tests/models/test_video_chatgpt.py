@@ -102,8 +102,8 @@ def test_published_numbers_of_weights() -> None:
     801.7 million."""
     whole = 32006 * 4096
     for config, published in (
-        (VideoChatGptConfig(llama=llama("llama1_7b", vocab_size=32003)), 135.3),
-        (breakfast_variant(llama=llama("llama1_7b", vocab_size=32003)), 801.7),
+        (VideoChatGptConfig(llama=llama("llava_lightning_7b")), 135.3),
+        (breakfast_variant(llama=llama("llava_lightning_7b")), 801.7),
     ):
         with torch.device("meta"):
             model = VideoChatGpt(config)

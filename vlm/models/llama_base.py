@@ -47,10 +47,11 @@ SIZES = {
 }
 
 # name -> the LLaMA that it was trained from, words of its vocabulary. Vicuna v1.1 has the sizes of llama1, v1.5 and
-# LLaMA-2-chat those of llama2; v0's one word more is its [PAD]
+# LLaMA-2-chat those of llama2; v0's one word more is its [PAD], LLaVA's three are its image's
 DERIVED = {
     "vicuna_7b_v0": ("llama1_7b", 32001),
     "vicuna_13b_v0": ("llama1_13b", 32001),
+    "llava_lightning_7b": ("llama1_7b", 32003),
     "ziya_13b": ("llama1_13b", 39424),
     "billa_7b": ("llama1_7b", 46943),
 }

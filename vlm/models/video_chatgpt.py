@@ -47,7 +47,7 @@ class VideoChatGptConfig:
     """Video-ChatGPT; every default is the published one. `breakfast_variant()` fills in those of the variant."""
 
     llama: LlamaBaseConfig = field(default_factory=LlamaBaseConfig)
-    """The language model as training begins: LLaVA-Lightning 7B is `llama("llama1_7b", vocab_size=32003, path=...)`.
+    """The language model as training begins: LLaVA-Lightning 7B is `llama("llava_lightning_7b", path=...)`.
     `vocab_size` counts its own words; three are added."""
     frame_tokens: int = 1
     """States of a place (Q): 1, or as many as the fusion reads."""

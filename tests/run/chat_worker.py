@@ -1,9 +1,10 @@
 """Started by test_chat_zero.py in two processes: Video-ChatGPT's variant, with parts of the LLaMA that train, at every
 ZeRO stage.
 
-Rows with and without video, so that some micro-batches are text alone. "2_bf16" is stage 2 of a bf16 engine, "2_stored"
+Rows with and without video, so that some micro-batches are text alone. "3_bf16" is stage 3 of a bf16 engine, "2_stored"
 has what is frozen of the LLaMA in bf16 under an fp32 engine. The result, one JSON line, holds for each stage the losses
-and gradient norms, which trained tensors did not move, which frozen ones did, dtypes, and the names in a checkpoint.
+and gradient norms, which trained tensors did not move, which frozen ones did, dtypes, the names in a
+checkpoint, and whether ranks write what one process writes with it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from torch import nn
 from vlm.data.chats import ChatConfig
 from vlm.data.loader import MicroBatch, plan_step
 from vlm.data.packing import Row, pack
-from vlm.distributed import end, join, share_object
+from vlm.distributed import end, gather_objects, join, share_object
+from vlm.models.generation import GenerationConfig, generate
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.video_chatgpt import VideoChatGpt, breakfast_variant
 from vlm.recipe import OptimConfig, Recipe, TrainData
@@ -90,6 +93,19 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
 
 
+def written(model: VideoChatGpt, rank: int) -> list[list[int]]:
+    """What a rank's prompts go on with; each rank has rows, and a number of them, of its own."""
+    batch = batch_of(range(1 + 3 * rank, 4 + 4 * rank))
+    asked = Batch(
+        keys=batch.keys,
+        frame_tokens=batch.frame_tokens,
+        frame_counts=batch.frame_counts,
+        prompts=replace(batch.views["dialogue"], predictors=torch.empty(0, dtype=torch.int64)),
+    )
+    model.eval()
+    return generate(model, asked, GenerationConfig(max_new_tokens=6), ends=[[2], [7, 7]])
+
+
 def run(stage: str, world: Any, folder: Path) -> dict[str, Any]:
     number, _, form = stage.partition("_")
     hardware: dict[str, Any] = {"train_micro_batch_size_per_gpu": MICRO_BATCH}
@@ -110,11 +126,12 @@ def run(stage: str, world: Any, folder: Path) -> dict[str, Any]:
         losses.append([result.loss, result.grad_norm])
     after = whole(model)
     moved = {name for name in before if not torch.equal(before[name], after[name].to(before[name].dtype))}
-    written = checkpoint.save(folder / stage, engine, checkpoint.Progress(step=STEPS), {}, keep=1, is_best=False)
-    with safe_open(written / "model.safetensors", "pt") as file:
+    texts = written(engine.model, world.rank)
+    folder_of_it = checkpoint.save(folder / stage, engine, checkpoint.Progress(step=STEPS), {}, keep=1, is_best=False)
+    with safe_open(folder_of_it / "model.safetensors", "pt") as file:
         names = sorted(file.keys())
     again = build(dtype)
-    checkpoint.load_weights(written, again)
+    checkpoint.load_weights(folder_of_it, again)
     same = [n for n, p in again.named_parameters() if torch.allclose(p.float(), after[n].float(), rtol=1e-2, atol=1e-3)]
     return {
         "losses": losses,
@@ -124,6 +141,8 @@ def run(stage: str, world: Any, folder: Path) -> dict[str, Any]:
         "trained_dtypes": sorted({str(after[name].dtype).removeprefix("torch.") for name in trained}),
         "checkpoint": names,
         "other_when_loaded": sorted(set(after) - set(same)),
+        "other_texts": sum(gather_objects(texts != written(again, world.rank)) or []),
+        "texts": len({tuple(text) for text in texts}),
         "hash_kept": model.frozen_hash() == frozen_hash,
     }
 

@@ -1,0 +1,143 @@
+"""Video-ChatGPT asked for segments: what it has learnt by heart is written, read and scored; what it makes of nothing
+is listed. No demo: the videos are those of training, and the language model trains too."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.encoded import encode, pictures
+from tools import score
+from vlm.data.chats import ChatConfig
+from vlm.data.rng import SampleRng
+from vlm.data.shards import ShardSet, write_shards
+from vlm.distributed import World
+from vlm.models.generation_config import GenerationConfig
+from vlm.models.llama_base import LlamaBaseConfig
+from vlm.models.video_chatgpt import VideoChatGptConfig
+from vlm.recipe import EvalConfig, OptimConfig, Recipe, TrainData
+from vlm.run import evaluate
+from vlm.run.report import write_report
+from vlm.run.standalone import Replica
+from vlm.sources.common_chat import make_chat
+from vlm.types import Sample, Visit
+
+PLACES, DIM, FRAMES, VIDEOS = 8, 4, 24, 3
+LABELS = ("cut", "stir_it")
+WORLD = World(0, 1, 0, torch.device("cpu"), "single")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower in several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of which one thing happens first, then another; the features say which where."""
+    folder, samples = tmp_path_factory.mktemp("chat"), []
+    for number in range(VIDEOS):
+        border, first = (6, 12, 18)[number], number % 2
+        segments = [
+            {"start": start, "end": end, "label": label, "name": LABELS[label]}
+            for start, end, label in ((0, border, first), (border, FRAMES, 1 - first))
+        ]
+        features = np.zeros((PLACES, DIM), np.float16)
+        for place in range(PLACES):
+            features[place, first if place < border // 3 else 1 - first] = 3
+        np.save(folder / f"{number}.npy", features)
+        (folder / f"{number}.mp4").write_bytes(encode(pictures(FRAMES, 28, 28, seed=number)))
+        annotation = {"name": "salad", "segments": segments, "chat": make_chat(f"v{number}", segments, "salad")[:1]}
+        samples.append(
+            Sample(key=f"v{number}", video=folder / f"{number}.mp4", annotation=annotation,
+                   members={"clip_pooled.npy": folder / f"{number}.npy"})
+        )  # fmt: skip
+    write_shards(samples, folder / "shards", arguments={"source": "none"})
+    return folder / "shards"
+
+
+def recipe(shards: Path, folder: Path) -> Recipe:
+    inputs = ChatConfig(num_video_tokens=PLACES, frame_dim=DIM, system="", question_side="after", repeats=(1, 1))
+    llama = LlamaBaseConfig(dim=48, layers=2, heads=4, hidden=96, vocab_size=inputs.vocab_size - 3)
+    return Recipe(
+        model=VideoChatGptConfig(
+            llama=llama, num_video_tokens=PLACES, frame_dim=DIM, train_also=("embeddings", "layers", "norm", "lm_head")
+        ),
+        inputs=inputs,
+        data=TrainData(shards=str(shards)),
+        optim=OptimConfig(lr=1e-2),
+        views={"dialogue": 1.0},
+        global_batch_size=VIDEOS,
+        steps=1,
+        eval=EvalConfig(
+            shards=str(shards), workers=0, metric="mof", probes=("blind",),
+            generation=GenerationConfig(max_new_tokens=40),
+        ),
+        run_dir=folder,
+    )  # fmt: skip
+
+
+def model_of(settings: Recipe) -> Any:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the frozen .* RANDOM weights")
+        return settings.model.build()
+
+
+def learn(model: Any, settings: Recipe, steps: int) -> float:
+    """Learn all videos by heart; the loss of a token in the end."""
+    inputs, data = settings.inputs, ShardSet(Path(settings.data.shards))
+    rng = SampleRng(0)
+    examples = [inputs.train(data.read(row), rng, Visit(part=0, views=("dialogue",)))[0] for row in range(len(data))]
+    batch = inputs.collate(examples, rng)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0)
+    model.train()
+    for _ in range(steps):
+        term = model(batch)["dialogue"]
+        loss = term.total / term.count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def test_what_was_learnt_is_written_read_and_scored(shards: Path, tmp_path: Path) -> None:
+    settings, told = recipe(shards, tmp_path), []
+    model = model_of(settings)
+    assert learn(model, settings, 150) < 0.05
+    metrics = evaluate.run(settings, Replica(model, WORLD, torch.float32), WORLD, tmp_path, told.append)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == ["0-2 cut\n2-8 stir it", "0-4 stir it\n4-8 cut", "0-6 cut\n6-8 stir it"]
+    for row in rows:
+        assert row["prediction"] == row["truth"]
+        assert (row["num_frames"], row["kind"], row["problem"]) == (FRAMES, "salad", "")
+        assert row["question"] == "List down all the segments. action is salad"
+    assert [metrics[name] for name in ("mof", "edit", "f1_10", "f1_25", "f1_50", "mof_salad")] == [1.0] * 6
+    assert metrics["unparsable"] == metrics["num_unparsable"] == 0
+    assert metrics["mof_blind"] < 1  # nothing but the video tells these apart
+    assert len({row["probes"]["blind"]["text"] for row in rows}) == 1
+    assert metrics["chance"] == 36 / 72
+    assert score.main([str(tmp_path), "--check"]) == 0
+    assert write_report(tmp_path).read_text().count('<svg class="timeline"') == VIDEOS
+
+
+def test_a_model_that_knows_nothing_is_scored_all_the_same(shards: Path, tmp_path: Path) -> None:
+    settings, told = recipe(shards, tmp_path), []
+    metrics = evaluate.run(settings, Replica(model_of(settings), WORLD, torch.float32), WORLD, tmp_path, told.append)
+    assert metrics["unparsable"] == 1
+    assert [metrics[name] for name in ("mof", "edit", "f1_10", "f1_25", "f1_50")] == [0.0] * 5
+    about = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [one["key"] for one in about["unparsable"]] == ["v0", "v1", "v2"]
+    assert metrics["fork_errors"] == VIDEOS
+    assert score.main([str(tmp_path), "--check"]) == 0

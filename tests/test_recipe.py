@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from vlm.config import describe, to_dict
+from vlm.data.chats import ChatConfig
 from vlm.data.questions import QuestionConfig
 from vlm.models.llama_base import llama
-from vlm.recipe import OptimConfig, TrainData, check_files, check_inputs, families, load, names
+from vlm.recipe import METRICS, OptimConfig, TrainData, check_files, check_inputs, families, load, names
 from vlm.run.train import schedule_of, steps_of
 from vlm.types import UserError
 
@@ -37,6 +38,10 @@ def test_every_recipe_builds_and_documents_itself(name):
         sizes = [(part.num_frames, part.feature_dim) for part in (recipe.inputs, recipe.model)]
         assert sizes[0] == sizes[1] or not recipe.model.use_video
         assert ("caption" in recipe.views) == (recipe.inputs.caption_target is not None)
+        return
+    if isinstance(recipe.inputs, ChatConfig):
+        recipe.inputs.check_views(recipe.views)
+        assert recipe.eval.metric in METRICS[recipe.inputs.task]
         return
     if recipe.inputs.task == "caption":
         assert recipe.inputs.num_video_tokens == recipe.model.places
@@ -149,6 +154,68 @@ def test_published_numbers_of_video_llama(name, trained, lr, min_lr, warmup, bat
     with torch.device("meta"):
         model = load(name, begins).model.build()
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "lr", "batch", "epochs", "repeats", "places"),
+    [
+        ("video_chatgpt.instruct", 4_206_592, 2e-5, 32, 3, (1, 1), 356),
+        ("video_chatgpt.breakfast_base", 4_206_592, 2e-4, 2, 1, (12, 2), 1000),
+        ("video_chatgpt.breakfast", 670_659_009, 2e-4, 2, 1, (12, 2), 1000),
+        ("video_chatgpt.salads", 541_097_984, 2e-4, 2, 3, (150, 90), 1000),
+    ],
+)
+def test_published_numbers_of_video_chatgpt(name, trained, lr, batch, epochs, repeats, places):
+    recipe = load(name, ["model.projection_from=none", "model.llama.path=none"])
+    optim = recipe.optim
+    assert (optim.lr, optim.min_lr, optim.betas, optim.eps) == (lr, 0.0, (0.9, 0.999), 1e-8)
+    assert (optim.weight_decay, optim.max_grad_norm) == (0.0, 1.0)
+    assert (recipe.global_batch_size, recipe.epochs, recipe.seed) == (batch, epochs, 42)
+    assert (recipe.inputs.max_length, recipe.inputs.repeats) == (2048, repeats)
+    assert (recipe.inputs.num_video_tokens, recipe.inputs.frame_dim) == (places, 1024)
+    total = 1001
+    schedule, warmup = schedule_of(recipe, 54_190, total), math.ceil(0.03 * total)
+    assert [schedule(step) for step in (0, 1, warmup)] == pytest.approx([0, lr / warmup, lr])
+    assert schedule(total - 1) == pytest.approx(0.5 * lr * (1 + math.cos(math.pi * (1 - 1 / (total - warmup)))))
+    with torch.device("meta"):
+        model = recipe.model.build()
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counted == trained
+    writing = recipe.eval.generation
+    assert (writing.max_new_tokens, writing.sample, writing.temperature) == (1024, True, 0.2)
+    assert writing.top_k == (25 if recipe.inputs.task == "segments" else None)
+
+
+def test_what_trains_of_the_variant():
+    """As published but for the embedding, of which the two rows of the marks alone learn there too."""
+    llama, words = 4096, 32_006
+    block = 4 * llama * llama + 3 * llama * 11_008 + 2 * llama
+    projector, marks = 1024 * llama + llama, 2 * llama
+    parts = {"norm": llama, "lm_head": llama * words, "blocks": 2 * block, "encoding": 1000 * 1024}
+    later = projector + marks + sum(parts.values())
+    fused = 24 * parts["encoding"] + 25 * (1001 + projector)
+    counted = {}
+    for name in ("salads", "breakfast"):
+        with torch.device("meta"):
+            model = load(f"video_chatgpt.{name}", ["model.projection_from=none"]).model.build()
+        counted[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counted == {"salads": later, "breakfast": later + fused}
+    published = counted["breakfast"] - marks + llama * words
+    assert round(published / 1e6, 1) == 801.7
+
+
+def test_warmup_is_given_in_one_way_or_another():
+    by = {
+        "optim.warmup_steps=7": 7,
+        "optim.warmup_share=0.1": 11,
+        "optim.warmup_share=none optim.warmup_epochs=2": 5,
+    }
+    for changes, warmup in by.items():
+        recipe = load("video_chatgpt.debug", changes.split())
+        schedule = schedule_of(recipe, 10, 101)
+        assert schedule(warmup) == recipe.optim.lr > schedule(warmup - 1)
+    with pytest.raises(UserError, match=r"optim\.warmup_share is 1\.5; it must be from 0 to 1"):
+        load("video_chatgpt.debug", ["optim.warmup_share=1.5"])
 
 
 def test_stages_of_video_llama_hand_over_by_their_recipes():
@@ -323,7 +390,8 @@ def test_the_page_makes_a_recipe_one_of_a_yaml_file(file, name, overrides):
 
 def test_the_page_names_settings_that_there_are():
     page = MIGRATING.partition("## Video-LLaMA, LLMVA-GEBC")[2]
-    known = {path for name in ("pretrain", "gebc_opt13b") for path, *_ in describe(load(f"video_llama.{name}"))}
+    recipes = ("video_llama.pretrain", "video_llama.gebc_opt13b", "video_chatgpt.breakfast")
+    known = {path for name in recipes for path, *_ in describe(load(name))}
     known |= {path.rpartition(".")[0] for path in known}
     named = set(re.findall(r"`((?:model|inputs|optim|eval|data)\.[\w.]+)", page))
     assert named - known == set()

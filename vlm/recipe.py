@@ -49,9 +49,11 @@ class OptimConfig:
     min_lr: float = 0.0
     """Where the cosine ends."""
     warmup_steps: int | None = None
-    """Steps of linear warmup; none: `warmup_epochs` decides."""
+    """Steps of linear warmup; none: `warmup_share` decides, or `warmup_epochs`."""
     warmup_epochs: float = 0.0
-    """Warmup in epochs, used where `warmup_steps` is none."""
+    """Warmup in epochs, used where `warmup_steps` and `warmup_share` are none."""
+    warmup_share: float | None = None
+    """Warmup as a share of all steps, rounded up (transformers' warmup_ratio), used where `warmup_steps` is none."""
     warmup_peak_twice: bool = True
     """Whether the last step of warmup has the peak already, as VideoMAE's; without, step k of W has k/W of it, as
     LLaMA-Adapter's and all systems after it."""
@@ -81,6 +83,8 @@ class OptimConfig:
             _require(0 <= getattr(self, name) < inf, f"optim.{name}", getattr(self, name), "a finite number from 0")
         if self.warmup_steps is not None:
             _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more, or none")
+        if self.warmup_share is not None:
+            _require(0 <= self.warmup_share <= 1, "optim.warmup_share", self.warmup_share, "from 0 to 1, or none")
         _require(self.warmup_restart >= 0, "optim.warmup_restart", self.warmup_restart, "0 or more")
         _require(self.warmup_lr <= self.lr, "optim.warmup_lr", self.warmup_lr, f"at most optim.lr={self.lr}")
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)

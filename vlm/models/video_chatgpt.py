@@ -136,13 +136,16 @@ class VideoChatGptConfig:
             start_from(model, self.init_from)
         if self.projection_from is not None:
             model.take_projection(self.projection_from)
-        elif self.init_from is None and self.llama.path is not None and _projector_of(self.llama.path):
+        elif self.init_from is None and not model.mm_projector.weight.is_meta and self._has_projector():
             warnings.warn(
                 f"{self.llama.path} holds a projector (LLaVA's), which the published training begins with, but this "
                 "one begins with random numbers: set model.projection_from to the same folder",
                 stacklevel=2,
             )
         return model
+
+    def _has_projector(self) -> bool:
+        return self.llama.path is not None and bool(_projector_of(self.llama.path))
 
     def make(self) -> VideoChatGpt:
         """The model before it begins with anything: what a variant with modules of its own overrides."""

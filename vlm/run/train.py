@@ -188,7 +188,9 @@ def schedule_of(recipe: Recipe, records: int, total_steps: int) -> Callable[[int
     """Learning rate of each step (from 0)."""
     optim = recipe.optim
     warmup = optim.warmup_steps
-    if warmup is None:
+    if warmup is None and optim.warmup_share is not None:
+        warmup = math.ceil(optim.warmup_share * total_steps)
+    elif warmup is None:
         warmup = int(optim.warmup_epochs * records / recipe.global_batch_size)
     warmup = min(warmup, total_steps)
     return lambda step: warmup_cosine(

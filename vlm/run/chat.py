@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vlm.data.glance import Limits, look_apart
+from vlm.data.templates import PLACE
 from vlm.data.video import DecodeError
 from vlm.models.generation import GenerationConfig, Watch, generate
 from vlm.recipe import Recipe
@@ -106,6 +107,11 @@ class ChatModel:
     def reads_pixels(self) -> bool:
         """Whether the recipe's inputs read the pixels of a video, and no features."""
         return self.inputs.members == ("video",)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether questions are read with what was said before; systems that answer questions read each alone."""
+        return self.inputs.task != "choice"
 
     @property
     def can_make(self) -> bool:
@@ -216,6 +222,7 @@ class ChatModel:
         """
         stop = stop or threading.Event()
         _check_question(turns[-1].question)
+        turns = turns if self.remembers else turns[-1:]
         example, forgotten, room = self._fitting(seen.example, turns, settings)
         shown = ""
 
@@ -245,13 +252,18 @@ class ChatModel:
     def _write(self, example: Example, settings: Settings, turn: int, watch: Watch) -> list[int]:
         base = getattr(self.recipe.eval, "generation", None) or GenerationConfig()
         drawn = settings.temperature > 0
-        config = GenerationConfig(
+        config = replace(
+            base,
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=min(base.min_new_tokens, settings.max_new_tokens),
             sample=drawn,
             temperature=settings.temperature if drawn else 1.0,
             top_p=settings.top_p if drawn else 1.0,
-            repetition_penalty=base.repetition_penalty,
+            top_k=base.top_k if drawn else None,
+            num_beams=1,
+            length_penalty=1.0,
+            rules="hf",
+            prompt_pad="left",
         )
         batch = self._batch(example)
         return generate(
@@ -320,13 +332,19 @@ def check_conversations(recipe: Recipe) -> None:
         )
 
 
+def harmless(text: str) -> str:
+    """A text without characters that steer what shows it: a model may write any."""
+    seen = (letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return "".join(seen)
+
+
 def first_line(error: BaseException) -> str:
     """The first sentence of a long message."""
     return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _check_question(question: str) -> None:
-    if not question.strip():
+    if not question.replace(PLACE, "").strip():
         raise UserError("The question is empty.")
     if len(question) > MOST_CHARACTERS:
         raise UserError(f"the question is too long: {len(question):,} characters, at most {MOST_CHARACTERS:,} are read")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm.run.chat import Answer, ChatModel, OnText, Settings
+from vlm.run.chat import Answer, ChatModel, OnText, Settings, harmless
 from vlm.run.chat_examples import Examples
 from vlm.run.chat_videos import Seen
 from vlm.run.conversation import Conversation
@@ -148,7 +148,8 @@ class Handlers:
             talk.look(seen)
         except Exception as error:
             return "" if talk.key is None else self.keep, _history(talk), _alert(_sentence(error))
-        return _frames(seen, name), [], "".join(_note(warning) for warning in seen.warnings)
+        alone = [] if self.model.remembers else ["This model reads each question alone, not what was said before."]
+        return _frames(seen, name), [], "".join(_note(note) for note in (*seen.warnings, *alone))
 
     def _stream(
         self, talk: Conversation, question: str, write: Callable[[OnText], Answer], typed: str, anew: bool = False
@@ -172,7 +173,7 @@ class Handlers:
             while not done:
                 item = _newest(told)
                 if isinstance(item, str):
-                    yield [*asked, {"role": "assistant", "content": item}], left, ""
+                    yield [*asked, {"role": "assistant", "content": harmless(item)}], left, ""
                     continue
                 done = True
                 if isinstance(item, Exception):
@@ -209,7 +210,7 @@ def _history(talk: Conversation) -> History:
     found: History = []
     for turn in talk.turns:
         found.append({"role": "user", "content": turn.question})
-        found.append({"role": "assistant", "content": turn.answer or "(no words)"})
+        found.append({"role": "assistant", "content": harmless(turn.answer or "(no words)")})
     return found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from vlm.run.chat import Answer, ChatModel, OnText, Settings
+from vlm.run.chat import Answer, ChatModel, OnText, Settings, harmless
 from vlm.run.conversation import Conversation
 from vlm.types import UserError
 
@@ -43,6 +43,8 @@ class Terminal:
         """Until /quit or the end of input. UserError: the video cannot be used."""
         self._look(video)
         self._tell("Write a question; /help names the commands.")
+        if not self.model.remembers:
+            self._tell("[this model reads each question alone, not what was said before]")
         with self._interruptible():
             while (line := self._read()) is not None:
                 self._interrupts = 0
@@ -107,7 +109,7 @@ class Terminal:
 
     def _show(self, text: str) -> None:
         if text.startswith(self._shown):
-            self.out.write(text[len(self._shown) :])
+            self.out.write(harmless(text[len(self._shown) :]))
             self.out.flush()
             self._shown = text
 

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from vlm.data.frame_pixels import CentreCrop
 from vlm.data.video import frames_at
-from vlm.models.frame_encoders import load_clip
+from vlm.models.frame_encoders import States, load_clip
 from vlm.types import UserError
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -96,3 +96,45 @@ def test_refusals(tmp_path: Path) -> None:
     config_file.write_text(json.dumps(config | {"model_type": "llama"}))
     with pytest.raises(UserError, match="is of a 'llama', not of CLIP"):
         load_clip(tmp_path)
+
+
+# States of its layers ------------------------------------------------------------------------------------------------
+
+
+def frames(count: int = 3) -> torch.Tensor:
+    return torch.from_numpy(pictures(count, 56, 56, seed=5))
+
+
+def test_states_of_several_layers_behind_the_last_norm(tmp_path: Path) -> None:
+    """Equal to transformers' hidden_states, of which the last class token is the pooler's output."""
+    model = tiny_clip(tmp_path)
+    wanted = {"all": States((0, 1, 2), "cls", normed=True), "raw": States((1, -1), "cls"), "one": States(-2, "patches")}
+    encoder = load_clip(tmp_path, wanted)
+    found = encoder(frames())
+    with torch.no_grad():
+        out = model.vision_model(pixel_values=encoder.normalised(frames()), output_hidden_states=True)
+        expected = torch.stack([model.vision_model.post_layernorm(states[:, 0]) for states in out.hidden_states], 1)
+    assert isinstance(found, dict)
+    torch.testing.assert_close(found["all"], expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(found["all"][:, -1], out.pooler_output, atol=2e-6, rtol=1e-5)
+    raw = torch.stack([out.hidden_states[1][:, 0], out.hidden_states[2][:, 0]], 1)
+    torch.testing.assert_close(found["raw"], raw, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(found["one"], out.hidden_states[1][:, 1:], atol=2e-6, rtol=1e-5)
+    assert {name: tuple(rows.shape) for name, rows in found.items()} == {"all": (3, 3, 32), "raw": (3, 2, 32),
+                                                                         "one": (3, 16, 32)}  # fmt: skip
+
+
+def test_layers_above_those_asked_for_are_not_computed(tmp_path: Path) -> None:
+    tiny_clip(tmp_path)
+    encoder = load_clip(tmp_path, {"x": States(-2, "patches")})
+    expected = encoder(frames())
+    encoder.model.vision_model.encoder.layers[1].mlp.fc1.weight.data.fill_(float("nan"))
+    assert torch.equal(encoder(frames())["x"], expected["x"])
+
+
+def test_a_folder_of_the_image_encoder_alone_gives_states_but_no_embeddings(tmp_path: Path) -> None:
+    model = tiny_clip(tmp_path)
+    model.vision_model.save_pretrained(tmp_path / "alone")
+    assert load_clip(tmp_path / "alone", {"x": States(-1, "cls")})(frames())["x"].shape == (3, 32)
+    with pytest.raises(UserError, match=r"(?s)missing:.*visual_projection"):
+        load_clip(tmp_path / "alone")

@@ -183,7 +183,7 @@ def open_for(
     Args:
         model, inputs: the recipe's.
         encoder: a folder of CLIP, or a file of `--encoder demo`; None: Video-LLaMA's tower, from `model.tower`.
-        fps: where the recipe reads features at a rate (Vamos and its like): frames a second.
+        fps: where the recipe reads features at a rate (Vamos, Video-LLaMA's demo): frames a second.
         tower: KEY=VALUE, fields of model.tower that are to be others.
         changes: arguments of the function that opens it, that are to be others (precision, resize, augment, dtype, …).
     """
@@ -196,15 +196,16 @@ def open_for(
             )
         said = {"name": inputs.features, "frames": inputs.num_frames, "size": inputs.size}
         return open_tower(override(config, list(tower)), shards=shards, **{**said, **changes})
-    places = getattr(inputs, "num_video_tokens", None)
-    name = inputs.features if places is not None else "features"
+    at_rate = not hasattr(inputs, "num_video_tokens") or hasattr(inputs, "num_frames")  # their videos differ in frames
+    places = None if at_rate else inputs.num_video_tokens
+    name = getattr(inputs, "features", "features")
     if encoder.suffix == ".safetensors":
         chosen = open_glimpse(encoder, shards=shards, **{"name": name, "fps": fps, "frames": places, **changes})
         _check_width(inputs, glimpse.GlimpseEncoder.width, encoder)
     elif places is None:
         if changes.pop("augment", ()):
             raise UserError("these inputs read features of frames at a rate; altered copies are of layouts alone")
-        chosen = open_clip(encoder, shards=shards, **{"fps": fps, **changes})
+        chosen = open_clip(encoder, shards=shards, **{"name": name, "fps": fps, **changes})
     else:
         frames = changes.pop("frames", None)
         chosen = open_layout(encoder, layout_for(inputs, encoder, frames), shards=shards, **changes)

@@ -131,7 +131,10 @@ def load_clip(
     else:
         raise UserError(f"{folder}: config.json is of a {config.get('model_type')!r}, not of CLIP (clip-vit-…)")
     model = CLIPVisionModelWithProjection(CLIPVisionConfig(**settings)).eval().requires_grad_(False)
-    stored = {name: read for name, read in open_tensors(folder).items() if name.startswith(_PARTS)}
+    stored = open_tensors(folder)
+    if not any(name.startswith(_PARTS) for name in stored):  # of the image encoder alone, by newer versions
+        stored = {f"{_PARTS[0]}{name}": read for name, read in stored.items()}
+    stored = {name: read for name, read in stored.items() if name.startswith(_PARTS)}
     stored.pop(_CONSTANT, None)
     state = {name: read() for name, read in stored.items()}
     if states and not any(name.startswith(_PROJECTION) for name in state):

@@ -17,7 +17,6 @@ Letters: V videos, N places of a video, Q states of a place, D their width, S to
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +72,9 @@ class VideoChatGptConfig:
     """A checkpoint folder of ours whose trained tensors training begins with; a released file is converted first
     (tools/convert_ckpt.py)."""
     projection_from: Path | None = None
-    """A file whose projector training begins with: a mm_projector.bin, LLaVA's folder. Where it has rows of the two
-    marks (the last ones of its embedding), these too."""
+    """A file whose projector training begins with: a mm_projector.bin, or LLaVA's folder, whose projector is part of
+    what the published training begins with. Where it has rows of the two marks (the last ones of its embedding), these
+    too. None: random numbers."""
     activation_checkpointing: bool = False
     """Work out each block of the language model again in the backward pass instead of keeping its activations."""
 
@@ -136,16 +136,7 @@ class VideoChatGptConfig:
             start_from(model, self.init_from)
         if self.projection_from is not None:
             model.take_projection(self.projection_from)
-        elif self.init_from is None and not model.mm_projector.weight.is_meta and self._has_projector():
-            warnings.warn(
-                f"{self.llama.path} holds a projector (LLaVA's), which the published training begins with, but this "
-                "one begins with random numbers: set model.projection_from to the same folder",
-                stacklevel=2,
-            )
         return model
-
-    def _has_projector(self) -> bool:
-        return self.llama.path is not None and bool(_projector_of(self.llama.path))
 
     def make(self) -> VideoChatGpt:
         """The model before it begins with anything: what a variant with modules of its own overrides."""

@@ -47,7 +47,8 @@ def test_breakfast(tmp_path: Path) -> None:
         "answer": "<t:0>-<t:4> SIL\n<t:4>-<t:12> pour milk",
     }
     assert [row["warning"] for row in shards.manifest["warnings"]] == [
-        "segments end at frame 20, but the video has 12: what is beyond counts as its end ('pour_milk')",
+        "segments end at frame 20, but the video has 12: what is beyond counts as its end; questions about "
+        "it that are left out: 1",
         "segments end at frame 10 of 12: the last 2 are in none",
     ]
     assert "notes" not in shards.manifest["arguments"]

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -174,17 +175,7 @@ def _load(
 ) -> tuple[dict[str, tuple[str, bytes]], dict[str, Any], list[str]]:
     """(members of the record, columns of the index, warnings); raises DecodeError for what cannot be kept."""
     annotation = item["annotation"]
-    facts: dict[str, Any] = {"num_frames": UNKNOWN, "text_length": text_length(annotation), "decoders": []}
-    if settings.tokenizer is not None:
-        encode = _tokenizer(settings.tokenizer).encode
-        facts["tokens"] = sum(len(encode(text)) for text in texts(annotation))
-        facts["counted"] = {
-            name: [sum(len(encode(text)) for text in part) for part in parts]
-            for name, parts in counted_texts(annotation).items()
-        }
-    asked = count_asked(annotation)
-    if asked:
-        facts["questions"] = asked
+    facts: dict[str, Any] = {"num_frames": UNKNOWN, "decoders": []}
     members: dict[str, tuple[str, bytes]] = {}
     warned: list[str] = []
     if item["file"]:
@@ -197,26 +188,52 @@ def _load(
             warned += info.warnings
             facts["decoders"] = list(check_decoders(data, info))
             facts.update({name: getattr(info, name) for name in ("num_frames", "fps", "duration", "width", "height")})
-            warned += _misfit(annotation, info.num_frames)
+            annotation, misfits = _fitted(annotation, info.num_frames)
+            warned += misfits
+    facts |= _told(annotation, settings)
     for name, source in sorted(item.get("members", {}).items()):
         members[name] = (name, _read_member(name, source))
     members["json"] = ("json", to_json(annotation))
     return members, facts, [*item.get("warnings", ()), *warned]
 
 
-def _misfit(annotation: Mapping[str, Any], num_frames: int) -> list[str]:
-    """What the segments of an annotation lack or have too much of, seen by the frames that there are."""
+def _told(annotation: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """The columns of the index about an annotation."""
+    facts: dict[str, Any] = {"text_length": text_length(annotation)}
+    if settings.tokenizer is not None:
+        encode = _tokenizer(settings.tokenizer).encode
+        facts["tokens"] = sum(len(encode(text)) for text in texts(annotation))
+        facts["counted"] = {
+            name: [sum(len(encode(text)) for text in part) for part in parts]
+            for name, parts in counted_texts(annotation).items()
+        }
+    asked = count_asked(annotation)
+    return facts | ({"questions": asked} if asked else {})
+
+
+def _fitted(annotation: Mapping[str, Any], num_frames: int) -> tuple[Mapping[str, Any], list[str]]:
+    """(an annotation without questions about times when the video is over, what its segments lack or have too much)."""
     segments = annotation.get("segments")
     if not segments:
-        return []
-    last, name = segments[-1]["end"], segments[-1]["name"]
+        return annotation, []
+    last = segments[-1]["end"]
     if last < num_frames:
-        return [f"segments end at frame {last} of {num_frames}: the last {num_frames - last} are in none"]
-    beyond = [part for part in segments if part["start"] >= num_frames]
+        return annotation, [f"segments end at frame {last} of {num_frames}: the last {num_frames - last} are in none"]
     if last == num_frames:
-        return []
-    lost = f", and {len(beyond)} of them begin only there, {beyond[0]['name']!r} first" if beyond else f" ({name!r})"
-    return [f"segments end at frame {last}, but the video has {num_frames}: what is beyond counts as its end{lost}"]
+        return annotation, []
+    warning = f"segments end at frame {last}, but the video has {num_frames}: what is beyond counts as its end"
+    rows = [row for row in annotation.get("chat", ()) if not _asks_beyond(row, num_frames)]
+    if len(rows) < len(annotation.get("chat", ())):
+        warning += f"; questions about it that are left out: {len(annotation['chat']) - len(rows)}"
+        annotation = {**annotation, "chat": rows}
+    beyond = [part["name"] for part in segments if part["start"] >= num_frames]
+    return annotation, [warning + (f"; it does not show {', '.join(beyond)}" if beyond else "")]
+
+
+def _asks_beyond(row: Mapping[str, Any], num_frames: int) -> bool:
+    """Whether a question of chat begins at a time when the video is over."""
+    time = re.search(r"<t:(\d+)>", row["question"]) if row["kind"] == "at" else None
+    return time is not None and int(time[1]) >= num_frames
 
 
 def _load_video(item: Mapping[str, Any], settings: Settings) -> tuple[str, bytes, list[str]]:

@@ -46,7 +46,7 @@ def test_read(text: str, spans: list) -> None:
         ("0-30 30-40 stir", "line 1: '0-30 30-40 stir' has more than one segment"),
         ("0-30 SIL\n20-60 cut", "line 2: '20-60 cut' begins before 30, where the line above ends"),
         ("0-30 SIL\n30-1001 stir", "line 2: '30-1001 stir' goes beyond 1000, where the video ends"),
-        (f"0-{'9' * 5000} stir", "goes beyond 1000"),
+        (f"0-{'9' * 5000} stir", f"line 1: '0-{'9' * 58}'… goes beyond 1000"),
         ("0-30 SIL\n30-30 stir", "line 2: '30-30 stir' does not begin before it ends"),
         ("40-30 SIL", "line 1: '40-30 SIL' does not begin before it ends"),
         ("0-30 SIL\n30-40 stir\n10-50 cut\n", "line 3: '10-50 cut' begins before 40"),

@@ -33,20 +33,24 @@ def read_answer(text: str, places: int) -> tuple[list[Span], str]:
     for number, line in enumerate(text.strip().split("\n"), 1):
         found = _LINE.fullmatch(line)
         if found is None:
-            return [], f"line {number}: {line!r:.60} is not of the form `start-end label`"
+            return [], f"line {number}: {_shown(line)} is not of the form `start-end label`"
         if _SECOND.search(found[3]):
-            return [], f"line {number}: {line!r:.60} has more than one segment"
+            return [], f"line {number}: {_shown(line)} has more than one segment"
         most = len(str(places))
         if max(len(found[1]), len(found[2])) > most or max(int(found[1]), int(found[2])) > places:
-            return [], f"line {number}: {line!r:.60} goes beyond {places}, where the video ends"
+            return [], f"line {number}: {_shown(line)} goes beyond {places}, where the video ends"
         start, end = int(found[1]), int(found[2])
         if start >= end:
-            return [], f"line {number}: {line!r:.60} does not begin before it ends"
+            return [], f"line {number}: {_shown(line)} does not begin before it ends"
         if start < before:
-            return [], f"line {number}: {line!r:.60} begins before {before}, where the line above ends"
+            return [], f"line {number}: {_shown(line)} begins before {before}, where the line above ends"
         spans.append((start, end, class_name(found[3])))
         before = end
     return spans, ""
+
+
+def _shown(line: str) -> str:
+    return repr(line) if len(line) <= 60 else f"{line[:60]!r}…"
 
 
 def class_name(label: str) -> str:

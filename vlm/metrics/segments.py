@@ -177,6 +177,12 @@ def score(
     return figures | segments_fork.score([segments_fork.sample_of(row) for row in rows] if texts is None else texts)
 
 
+def names_of_kinds(rows: Sequence[Segmentation]) -> set[str]:
+    """What `score` calls the figures of one kind each, of which there are many."""
+    names = ("mof", "edit", *(f"f1_{overlap}" for overlap in OVERLAPS), "chance", "unparsable")
+    return {f"{name}_{kind}" for name in names for kind in {row.kind for row in rows} if kind}
+
+
 def _figures(rows: Sequence[Segmentation], background: Collection[str]) -> dict[str, float]:
     figures = pooled([video_figures(row.truth, row.prediction, background) for row in rows])
     figures["chance"] = chance(row.truth for row in rows)

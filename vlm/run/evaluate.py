@@ -19,6 +19,7 @@ from vlm.data.shards import ShardSet
 from vlm.distributed import World, from_main, gather_objects, share, stop_together
 from vlm.files import write_json, write_text
 from vlm.metrics import caption
+from vlm.metrics.segments import names_of_kinds
 from vlm.recipe import Recipe
 from vlm.run.checkpoint import Progress
 from vlm.run.eval_tasks import Task, line_of, task_of
@@ -85,7 +86,9 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
         return metrics
 
     metrics = from_main(world, write)
-    say("  ".join(f"{name} {value:.4g}" for name, value in metrics.items()) + f"  unscored {lost}")
+    of_kinds = names_of_kinds([row for row in rows if isinstance(row, Segmentation)])
+    shown = {name: value for name, value in metrics.items() if name not in of_kinds}
+    say("  ".join(f"{name} {value:.4g}" for name, value in shown.items()) + f"  unscored {lost}")
     if any(counters.values()):
         say("  ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counters.items()))
     return metrics

@@ -19,12 +19,13 @@ from typing import Any
 
 from vlm.files import write_text
 from vlm.metrics.classify import class_accuracy, confusion_matrix
+from vlm.metrics.segments import names_of_kinds
 from vlm.run.charts import Line, line_chart, matrix_chart, number, smooth
 from vlm.run.report_clips import TestClips, strips
 from vlm.run.report_judged import judged
 from vlm.run.report_metrics import metrics_table
 from vlm.run.report_questions import kind_rows, questions
-from vlm.run.report_segments import of_kinds, timelines
+from vlm.run.report_segments import timelines
 from vlm.run.report_style import STYLE
 from vlm.run.report_texts import kinds_said, texts
 from vlm.run.run_folder import read_json, read_predictions, read_rows
@@ -156,7 +157,8 @@ def _headline(run: RunFiles) -> str:
     """The metrics with what they mean, and one line on the run as a whole."""
     is_demo = str(run.about.get("recipe", "")).endswith(".demo")
     count = len(run.predictions) + sum(bool(writing.references) for writing in run.writings)
-    shown = {name: value for name, value in run.metrics.items() if name not in of_kinds(run.segmentations)}
+    of_kinds = names_of_kinds(run.segmentations)  # these have a table of their own
+    shown = {name: value for name, value in run.metrics.items() if name not in of_kinds}
     return _summary(run) + metrics_table(shown, count, is_demo=is_demo)
 
 

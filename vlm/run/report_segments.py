@@ -16,11 +16,6 @@ _LONGEST = 300  # characters of one
 _FIGURES = ("mof", "edit", "f1_10", "f1_25", "f1_50", "chance")
 
 
-def of_kinds(rows: Sequence[Segmentation]) -> set[str]:
-    """Names of the metrics that stand in the table of kinds."""
-    return {f"{name}_{kind}" for name in (*_FIGURES, "unparsable") for kind in {row.kind for row in rows} if kind}
-
-
 def timelines(rows: Sequence[Segmentation], clips: TestClips) -> str:
     """HTML of all of it; frames of a video stand above its timeline where the shards hold it."""
     figures = [video_figures(row.truth, row.prediction) for row in rows]

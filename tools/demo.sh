@@ -18,9 +18,11 @@ fi
 # Corpus and shards follow from these numbers and files alone, so they are made again when one of them changes. Both
 # programs continue what was interrupted.
 corpus=(--train 3200 --test 192 --sequences 80) sharding=(--shard-samples 400)
+sequences=(--train 0 --test 0 --sequences 600 --sequences-test 96) places=40
 made_from=$({
-    echo "${corpus[@]}" "${sharding[@]}"
-    cat vlm/sources/*shapes.py tools/render_shapes.py tools/make_shards.py vlm/data/shard*.py vlm/data/video*.py
+    echo "${corpus[@]}" "${sharding[@]}" "${sequences[@]}" $places
+    cat vlm/sources/common_chat.py vlm/sources/*shapes.py tools/render_shapes.py tools/make_shards.py \
+        vlm/data/shard*.py vlm/data/video*.py
 } | cksum)
 if [ -f "$data/.made_from" ] && [ "$(cat "$data/.made_from")" != "$made_from" ]; then
     echo "make demo: the programs that made $data have changed; removing it and making it again"
@@ -34,11 +36,15 @@ if [ "$system" != vit_llama ]; then kind=shards_features; fi
 if [ "$system" = video_llama ]; then
     llama=llama_dialogues speech=dialogues stages=(video_llama.demo_pretrain video_llama.demo)
 fi
+if [ "$system" = video_chatgpt ]; then # what happens when, in videos of several actions
+    kind=sequences llama=llama_segments speech=segments
+fi
 # Meanwhile, on one core, a language model learns to read: it needs nothing of the corpus.
 reading=
-if [ $kind = shards_features ]; then
-    read_from=$(cat vlm/models/{text_base,story_rows,story_dialogues,llama_base}.py \
-        vlm/sources/common_{stories,shapes}.py vlm/data/{views,templates,prompts,tokenizers}.py \
+if [ $kind != shards ]; then
+    read_from=$(cat vlm/models/{text_base,story_rows,story_dialogues,story_segments,llama_base}.py \
+        vlm/sources/common_{stories,shapes,chat}.py \
+        vlm/data/{views,templates,chat_templates,time_axis,sampling,prompts,tokenizers}.py \
         tools/pretrain_text.py | cksum)
     if [ -f "$data/.${llama}_made_from" ] && [ "$(cat "$data/.${llama}_made_from")" != "$read_from" ]; then
         echo "make demo: the programs that made $data/$llama have changed; removing it and making it again"
@@ -53,7 +59,19 @@ if [ $kind = shards_features ]; then
         trap '[ -z "$reading" ] || kill "$reading" 2>/dev/null' EXIT
     fi
 fi
-if [ ! -f "$data/$kind/train/manifest.json" ] || [ ! -f "$data/$kind/test/manifest.json" ]; then
+if [ $kind = sequences ] && { [ ! -f "$data/$kind/train/manifest.json" ] || [ ! -f "$data/$kind/test/manifest.json" ]; }; then
+    echo "make demo: rendering videos of several moving-shapes actions and making shards of them in $data"
+    $python tools/render_shapes.py --out "$data/corpus_sequences" "${sequences[@]}"
+    encoder=demo
+    for split in train test; do
+        features=$data/features/sequences_$split.safetensors
+        $python tools/extract_features.py shapes --root "$data/corpus_sequences" --split sequences_$split \
+            --encoder "$encoder" --frames $places --name glimpse --out "$features" --workers 2
+        $python tools/make_shards.py shapes --root "$data/corpus_sequences" --split sequences_$split \
+            --out "$data/$kind/$split" "${sharding[@]}" --workers 2 --features "$features"
+        encoder=$data/features/sequences_train.encoder.safetensors
+    done
+elif [ ! -f "$data/$kind/train/manifest.json" ] || [ ! -f "$data/$kind/test/manifest.json" ]; then
     echo "make demo: rendering the moving-shapes corpus and making shards of it in $data"
     $python tools/render_shapes.py --out "$data/corpus" "${corpus[@]}"
     encoder=demo
@@ -110,7 +128,7 @@ for stage in "${stages[@]}"; do
     if [ "$data" != data/demo ]; then
         overrides+=(data.shards="$data/$kind/train")
         if [[ $stage == *.demo ]]; then overrides+=(eval.shards="$data/$kind/test"); fi
-        if [ $kind = shards_features ]; then
+        if [ $kind != shards ]; then
             overrides+=(model.llama.path="$data/$llama" inputs.tokenizer="$data/$llama/tokenizer.model")
         fi
     fi

@@ -22,7 +22,6 @@ from vlm.models.text_base import TextBaseConfig, dialogue_base, pretrain, segmen
 from vlm.run.progress import ProgressLine
 from vlm.types import UserError
 
-
 SPEECHES = {"questions": TextBaseConfig(), "dialogues": dialogue_base(), "segments": segment_base()}
 
 

@@ -88,8 +88,8 @@ def _fixed() -> Iterator[str]:
     yield from (str(border) for border in range(PLACES + 1))
     activities = [ACTIVITY.format(shape=shape) for shape in SHAPES]
     yield from (common_chat.ALL_SEGMENTS.format(activity=activity) for activity in activities)
-    chats = (common_chat.MOMENTS, common_chat.SPANS, common_chat.TIMES, common_chat.AFTER, common_chat.BEFORE,
-             common_chat.FIRST, common_chat.LAST, common_chat.IN_TURN, common_chat.HOW_OFTEN, common_chat.DIFFERENT)  # fmt: skip
-    for wordings in chats:
+    told = (common_chat.MOMENTS, common_chat.SPANS, common_chat.TIMES, common_chat.HOW_OFTEN, common_chat.DIFFERENT)
+    turns = (common_chat.AFTER, common_chat.BEFORE, common_chat.FIRST, common_chat.LAST, common_chat.IN_TURN)
+    for wordings in (*told, *turns):
         for wording in wordings:
             yield from (part.rstrip(" ?.") for part in re.split(r"\{\w+\}", wording) if part.strip(" ?."))

@@ -38,7 +38,7 @@ from vlm.types import IGNORE, UserError
 
 SETTINGS = "pretraining.json"  # in the folder: what it was made with and how well it reads
 SPEAK = {"bare": 0.3, "asked": 0.3, "dialogue": 0.4}
-CUT = {"segments": 0.7, "at": 0.1, "order": 0.1, "counts": 0.1}
+CUT = {"segments": 0.75, "at": 0.05, "order": 0.15, "counts": 0.05}
 TELL = {"questions": {"caption": 0.7, "told": 0.3}, "dialogues": SPEAK, "segments": CUT}
 """Share of each form in a batch while it learns to tell …"""
 CHOOSE = {
@@ -127,7 +127,7 @@ def dialogue_base() -> TextBaseConfig:
 def segment_base() -> TextBaseConfig:
     """The language model of Video-ChatGPT's demo. Where an action ends is often not certain, so its loss stays above
     `TOLD` and all steps are made."""
-    return TextBaseConfig(speech="segments", layers=4, tell_layers=4, stories=8000, tell_steps=350, choose_steps=250)
+    return TextBaseConfig(speech="segments", layers=4, tell_layers=4, stories=8000, tell_steps=100, choose_steps=600)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from vlm.data.chats import ChatConfig
 from vlm.models.generation_config import GenerationConfig
+from vlm.models.glimpse import GlimpseEncoder
 from vlm.models.llama_base import LlamaBaseConfig, llama
+from vlm.models.story_segments import PLACES
+from vlm.models.text_base import segment_base
 from vlm.models.video_chatgpt import VideoChatGptConfig, breakfast_variant
 from vlm.recipe import EvalConfig, OptimConfig, Recipe, TrainData
 
@@ -109,6 +112,42 @@ def instruct() -> Recipe:
         checkpoint_keep=3,
         log_every=100,
         seed=42,
+    )
+
+
+# The demo -------------------------------------------------------------------------------------------------------------
+
+
+def demo() -> Recipe:
+    """What happens when in videos of several actions of moving shapes. A tiny LLaMA that learnt it from text alone
+    (tools/pretrain_text.py --speech segments) stays as it is; projector and marks make it see."""
+    base, width = Path("data/demo/llama_segments"), GlimpseEncoder.width
+    return Recipe(
+        model=VideoChatGptConfig(llama=segment_base().llama(base), frame_dim=width, num_video_tokens=PLACES),
+        inputs=ChatConfig(
+            tokenizer=base / "tokenizer.model",
+            features="glimpse",
+            frame_dim=width,
+            num_video_tokens=PLACES,
+            question_side="before",
+            repeats=(1, 0),
+        ),
+        data=TrainData(shards="data/demo/sequences/train", workers=1),
+        optim=OptimConfig(lr=2e-2, warmup_steps=20, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0),
+        views={"dialogue": 1.0},
+        global_batch_size=32,
+        steps=300,
+        eval=EvalConfig(
+            shards="data/demo/sequences/test",
+            workers=1,
+            batch_size=16,
+            metric="mof",
+            probes=("blind",),
+            generation=GenerationConfig(max_new_tokens=48),
+        ),
+        run_dir=Path("runs/demo/video_chatgpt"),
+        checkpoint_every=100,
+        log_every=25,
     )
 
 

@@ -246,3 +246,16 @@ def test_command_line(tmp_path, capsys):
     assert render_shapes.main(["--out", str(out), "--train", "9"]) == 2
     assert "ask for 8" in capsys.readouterr().err
     assert render_shapes.main(["--out", str(out), "--workers", "0"]) == 2
+
+
+def test_sequences_have_chat_in_place_of_questions(corpus):
+    for sample in (*read(corpus, "sequences_train", ()), *read(corpus, "sequences_test", ())):
+        assert isinstance(sample, Sample)
+        annotation = sample.annotation
+        words = [CLASSES[part["label"]].words for part in annotation["segments"]]
+        assert [part["name"] for part in annotation["segments"]] == words
+        assert annotation["name"] == f"moving a {annotation['attributes']['shape']}"  # tells nothing of the motion
+        assert [line.partition(" ")[2] for line in annotation["chat"][0]["answer"].splitlines()] == words
+        assert {row["kind"] for row in annotation["chat"]} == {"segments", "at", "order", "counts", "anticipation"}
+        assert not annotation.keys() & {"questions", "conversations"}
+    assert all("chat" not in sample.annotation for sample in read(corpus, "train", ()))

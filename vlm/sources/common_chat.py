@@ -156,7 +156,8 @@ def _order(draw: random.Random, actions: Sequence[str]) -> list[Row]:
 
 
 def _counts(draw: random.Random, segments: Sequence[Mapping[str, Any]], background: Collection[str]) -> list[Row]:
-    runs = [name for name, _ in groupby(part["name"] for part in segments) if name not in background]
+    begun = [True] + [(one["name"], one["end"]) != (next_["name"], next_["start"]) for one, next_ in pairwise(segments)]
+    runs = [part["name"] for part, new in zip(segments, begun) if new and part["name"] not in background]
     names = list(dict.fromkeys(runs))
     if not names:
         return []

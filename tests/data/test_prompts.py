@@ -193,3 +193,17 @@ def test_rows_that_fit_are_the_same_under_every_rule(tokenizer: Tokenizer) -> No
     whole = encoder(tokenizer).encode(LONG)
     for settings in ({"max_length": len(whole.ids)}, {"max_length": len(whole.ids), "overflow": "tail"}):
         assert encoder(tokenizer, **settings).encode(LONG) == whole
+
+
+@pytest.mark.parametrize("overflow", ["tail", "shorten"])
+def test_a_video_between_its_marks(tokenizer: Tokenizer, overflow: str) -> None:
+    """They are no places of it, are cut as little as it, and nothing else changes."""
+    prompt = (Text("What is it?"), Video(), Text("A ball.", learn=True))
+    plain = encoder(tokenizer).encode(prompt)
+    marked = encoder(tokenizer, video_words=(900, 901, 902)).encode(prompt)
+    first, end = plain.video
+    assert marked.video == (first + 1, end + 1)
+    assert marked.ids == (*plain.ids[:first], 901, *[900] * (end - first), 902, *plain.ids[end:])
+    assert marked.labels == (*plain.labels[:end], IGNORE, IGNORE, *plain.labels[end:])
+    cut = encoder(tokenizer, video_words=(900, 901, 902), max_length=first, overflow=overflow).encode(prompt)
+    assert (cut.video, cut.ids[: end + 2]) == (marked.video, marked.ids[: end + 2])

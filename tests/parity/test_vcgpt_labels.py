@@ -156,6 +156,18 @@ def test_exact(values: Any, cases: dict[str, Any], tokenizer: Path) -> None:
         check_video(row, case, values)
 
 
+def test_a_folder_of_hugging_face(values: Any, cases: dict[str, Any], tokenizer: Path) -> None:
+    """The tokenizer as published language models bring it reads the same; `</s>` within a text alone is read otherwise,
+    as the blank before it is another piece there."""
+    assert (tokenizer.parent / "tokenizer_config.json").is_file()
+    for name, case in cases.items():
+        if refused(case) or any("</s>" in turn["value"] for turn in case["conversations"]):
+            continue
+        for mask in ("exact", "v1"):
+            there, here = (row_of(inputs(path, case, label_mask=mask), case) for path in (tokenizer.parent, tokenizer))
+            assert there == here, name
+
+
 def test_exact_where_the_original_is_mistaken(values: Any, cases: dict[str, Any], tokenizer: Path) -> None:
     """The original learns nothing; we learn the answer and its end, and `</s>` in it is a text."""
     found = [case for case in cases.values() if mistaken(case)]

@@ -48,3 +48,4 @@ bench: env
 	.venv/bin/python bench/data.py $(BENCH_ARGS)
 	.venv/bin/python bench/video_llama.py $(BENCH_ARGS)
 	.venv/bin/python bench/reencode.py $(BENCH_ARGS)
+	.venv/bin/python bench/features.py $(BENCH_ARGS)

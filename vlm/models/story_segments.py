@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from vlm.data.chat_templates import SYSTEM, chat, stripped
+from vlm.data.chat_templates import SYSTEM, TemplateName, chat, stripped
 from vlm.data.prompts import PromptEncoder
 from vlm.data.sampling import middle_frames
 from vlm.data.templates import PLACE
@@ -37,7 +37,7 @@ MARKS = ("[", "]")
 FORMS = ("segments", "at", "order", "counts")
 VOCAB_SIZE = 636  # words of the tokenizer, which follows from the expressions alone
 
-_TEMPLATE = "vicuna_v1_1"
+_TEMPLATE: TemplateName = "vicuna_v1_1"
 
 
 def encode_segments(tokenizer: Tokenizer, number: int, seed: int) -> dict[str, Rows]:

@@ -72,6 +72,7 @@ def test_demo(tmp_path: Path) -> None:
 SMALL = {
     *("adapter_query", "visual_proj", "temporal_emb", "layers"),  # Vamos, ViCo
     *("video_query_tokens", "video_frame_position_embedding", "video_Qformer", "llama_proj"),  # Video-LLaMA
+    *("mm_projector", "video_marks"),  # Video-ChatGPT
 }
 
 
@@ -128,6 +129,39 @@ def test_demo_of_captions(shared: Path) -> None:
     assert_score_agrees(run)
     for stage, recipe in ((run.with_name("video_llama_pretrain"), "demo_pretrain"), (run, "demo")):
         assert_only_the_small_set_was_trained(shared, stage, f"video_llama.{recipe}", "llama_dialogues")
+
+
+@pytest.mark.slow
+def test_demo_of_segments(shared: Path) -> None:
+    started = time.monotonic()
+    demo = start_demo(shared, "video_chatgpt")
+    said = demo.communicate()[0]
+    minutes = (time.monotonic() - started) / 60
+    assert demo.returncode == 0, said[-6000:]
+    run = shared / "runs" / "video_chatgpt"
+    assert [name for name in FILES if not (run / name).is_file()] == []
+    assert said.rstrip().splitlines()[-1] == f"make demo: done; the report is {run / 'report.html'}"
+    assert json.loads((run / "recipe.json").read_text())["world_size"] == 2
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    print(f"make demo SYSTEM=video_chatgpt: {minutes:.1f} minutes, {metrics}")
+    assert metrics["mof"] >= 0.8
+    assert min(metrics[name] for name in ("edit", "f1_10", "f1_25", "f1_50")) >= 0.7
+    assert metrics["chance"] <= 0.25
+    assert metrics["mof_blind"] <= 0.3
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    test = ShardSet(shared / "data" / "sequences" / "test")
+    train = ShardSet(shared / "data" / "sequences" / "train")
+    assert len(predictions) == len(test) >= 60
+    assert not {train.key(row) for row in range(len(train))} & {row["key"] for row in predictions}
+    for row in predictions:  # the question says nothing of the answer but the number of its kind
+        assert row["question"] == f"List down all the segments. action is {row['kind']}"
+        assert row["truth"][0][0] == 0
+        assert row["truth"][-1][1] == row["num_frames"]
+    report = (run / "report.html").read_text()
+    assert predictions[0]["prediction"][0][2] in report
+    assert_score_agrees(run)
+    assert_only_the_small_set_was_trained(shared, run, llama="llama_segments")
 
 
 def assert_only_the_small_set_was_trained(folder: Path, run: Path, name: str = "", llama: str = "llama") -> None:

@@ -184,10 +184,10 @@ class ChatModel:
         try:
             return self.videos.get(key, make, holder)
         except (DecodeError, UserError) as error:
-            raise UserError(f"{name} cannot be used: {error}") from error
+            raise UserError(f"the file {name} cannot be used: {error}") from error
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{name} cannot be used: there is not enough memory for it ({first_line(error)})"
+                f"the file {name} cannot be used: there is not enough memory for it ({first_line(error)})"
             ) from error
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from vlm.run.conversation import Conversation
 from vlm.types import UserError
 
 MOST_SESSIONS = 200  # people at once; the one who was silent longest makes room
+PACE_SECONDS = 0.08  # between two states of a growing answer: words faster than this come together
 SWEEP_SECONDS = 600.0  # after which an upload that nobody took is deleted
 
 History = list[dict[str, str]]  # of the chat: role (user or assistant) and content
@@ -78,6 +79,7 @@ class Handlers:
         """
         self.page, self.model, self.keep = page, page.model, keep
         self.sessions = Sessions(page.model)
+        self._taken: dict[Path, str] = {}  # uploads that were looked at -> keys of their content
 
     def upload(self, file: str | None, request: Any) -> tuple[Any, ...]:
         """(file field, example, frames, chat, status) after a file was uploaded."""
@@ -85,11 +87,24 @@ class Handlers:
             return None, None, "", [], ""
         path = Path(file)
         try:
-            return None, None, *self._look(lambda name: self.model.see(path, name), path.name, request)
+            return None, None, *self._look(lambda name: self._see(path, name), path.name, request)
         finally:
             with suppress(OSError):
                 path.unlink()
             self._sweep()
+
+    def _see(self, path: Path, holder: str) -> Seen:
+        """Gradio keeps files by their content, so one that another person has just handed over may be gone already."""
+        known = self._taken.get(path)
+        if known is not None and not path.exists():
+            with suppress(UserError):
+                seen = self.model.videos.find(known)
+                return self.model.videos.get(known, lambda: seen, holder)
+        seen = self.model.see(path, holder)
+        self._taken[path] = seen.key
+        while len(self._taken) > MOST_SESSIONS:
+            self._taken.pop(next(iter(self._taken)))
+        return seen
 
     def choose(self, name: str | None, request: Any) -> tuple[Any, ...]:
         """(frames, chat, status) after an example was chosen."""
@@ -126,9 +141,15 @@ class Handlers:
         question = talk.turns[-1].question if talk.turns else ""
         yield from self._stream(talk, question, write, typed, anew=True)
 
-    def stop(self, request: Any) -> None:
-        """End the answer in the works."""
-        self.sessions.talk(request.session_hash).stop()
+    def stop(self, request: Any) -> tuple[History, Any, str]:
+        """(chat, text field, status) once the answer in the works has ended; a question without a word of an answer
+        goes back to the text field."""
+        talk = self.sessions.talk(request.session_hash)
+        asked = talk.asking
+        talk.stop()
+        talk.wait()
+        answered = bool(talk.turns) and asked is not None and talk.turns[-1].question == asked.strip()
+        return _history(talk), self.keep if asked is None or answered else asked, _note("Stopped.")
 
     def clear(self, request: Any) -> tuple[History, str]:
         """(chat, status) after what was said was forgotten."""
@@ -166,14 +187,15 @@ class Handlers:
         threading.Thread(target=work, name="answer", daemon=True).start()
         done = False
         left = typed if anew else ""
-        asked = [*before, {"role": "user", "content": question}]
+        asked = [*before, {"role": "user", "content": _plain(question)}]
         try:
             if question:
                 yield [*asked, {"role": "assistant", "content": "…"}], left, ""
             while not done:
                 item = _newest(told)
                 if isinstance(item, str):
-                    yield [*asked, {"role": "assistant", "content": harmless(item)}], left, ""
+                    yield [*asked, {"role": "assistant", "content": _plain(item)}], left, ""
+                    time.sleep(PACE_SECONDS)
                     continue
                 done = True
                 if isinstance(item, Exception):
@@ -189,10 +211,10 @@ class Handlers:
     def _sweep(self) -> None:
         """Delete uploads that nobody took."""
         old = time.time() - SWEEP_SECONDS
-        for path in self.page.uploads.rglob("*"):
+        for path in sorted(self.page.uploads.rglob("*"), reverse=True):  # what is in a folder before the folder
             with suppress(OSError):
-                if path.is_file() and path.stat().st_mtime < old:
-                    path.unlink()
+                if path.stat().st_mtime < old:
+                    path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _newest(told: queue.Queue[str | Answer | Exception]) -> str | Answer | Exception:
@@ -209,9 +231,14 @@ def _newest(told: queue.Queue[str | Answer | Exception]) -> str | Answer | Excep
 def _history(talk: Conversation) -> History:
     found: History = []
     for turn in talk.turns:
-        found.append({"role": "user", "content": turn.question})
-        found.append({"role": "assistant", "content": harmless(turn.answer or "(no words)")})
+        found.append({"role": "user", "content": _plain(turn.question)})
+        found.append({"role": "assistant", "content": _plain(turn.answer or "(no words)")})
     return found
+
+
+def _plain(text: str) -> str:
+    """A text as it is: what looks like HTML in it is shown, never obeyed (it could call other hosts)."""
+    return html.escape(harmless(text), quote=False)
 
 
 def _sentence(error: Exception) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import html
 import os
 import shutil
+import signal
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +51,7 @@ def build(page: Page) -> tuple[Any, Handlers]:
                     file_types=[*VIDEO_TYPES, *IMAGE_TYPES],
                     file_count="single",
                     type="filepath",
-                    height=130,
+                    height=150,
                     elem_id="upload",
                     visible=page.model.can_make,
                 )
@@ -78,10 +80,10 @@ def build(page: Page) -> tuple[Any, Handlers]:
                 chat = gr.Chatbot(
                     label="Conversation",
                     height=460,
-                    render_markdown=False,  # a model's or a person's text may name pictures of other hosts
+                    render_markdown=False,  # texts may name pictures of other hosts; they come with HTML made harmless
                     allow_tags=False,
                     sanitize_html=True,
-                    buttons=["copy_all"],
+                    buttons=[],
                     feedback_options=None,
                     placeholder="Choose a video, then ask about it.",
                     elem_id="chat",
@@ -120,7 +122,8 @@ def _connect(
     looking = {**ending, "show_progress": "full", "show_progress_on": [frames], "concurrency_limit": 2}
     file.upload(with_request(handlers.upload), file, [file, example, frames, chat, status], **looking)
     example.input(with_request(handlers.choose), example, [frames, chat, status], **looking)
-    stop.click(with_request(handlers.stop), None, None, queue=False, **private)
+    stop.click(with_request(handlers.stop), None, [chat, question, status], queue=False, **ending)
+    chat.clear(with_request(handlers.clear), None, [chat, status], queue=False, **ending)  # its own bin
     clear.click(with_request(handlers.clear), None, [chat, status], queue=False, **ending)
     blocks.unload(with_request(handlers.leave))
 
@@ -143,6 +146,8 @@ def serve(
     """Serve the page until Ctrl-C. UserError: Gradio is absent, or the port is taken."""
     uploads = Path(tempfile.mkdtemp(prefix="vlm_chat_"))
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio looks whether its own page is there
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", host]))
     gr = gradio_here()
     from starlette.middleware import Middleware
 
@@ -153,7 +158,7 @@ def serve(
         try:
             _, address, _ = blocks.launch(
                 server_name=host,
-                server_port=port,
+                server_port=port or _free_port(host),
                 share=False,
                 quiet=True,
                 prevent_thread_lock=True,
@@ -173,12 +178,21 @@ def serve(
         except OSError as error:
             raise UserError(f"--host {host} --port {port}: the page cannot be served there ({error})") from error
         say(f"the page is at {address} (Ctrl-C ends)")
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            say(f"note: --host {host}: whoever reaches this machine may use the page; there is no password")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing of what was uploaded stays
         try:
             blocks.block_thread()
         finally:
             blocks.close(verbose=False)
     finally:
         shutil.rmtree(uploads, ignore_errors=True)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 class OwnHost:

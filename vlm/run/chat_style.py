@@ -12,7 +12,7 @@ POLICY = (
 )
 
 STYLE = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 .vlm-title { font-size: 1.25rem; font-weight: 600; margin: 0.25rem 0 0.5rem; }
 .vlm-about { margin: 0.25rem 0 0.5rem; font-size: 0.9rem; overflow-wrap: anywhere; }
 .vlm-frames { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.4rem; }
@@ -22,5 +22,6 @@ STYLE = """
 .vlm-alert, .vlm-note { padding: 0.5rem 0.75rem; border-radius: 6px; margin: 0.2rem 0; font-size: 0.9rem; }
 .vlm-alert { background: #fdecea; color: #8a1c10; border: 1px solid #f3b8b1; }
 .vlm-note { background: #eef4fb; color: #1d4368; border: 1px solid #c3d8ee; }
+#chat [data-testid] { white-space: pre-wrap; overflow-wrap: anywhere; }
 footer { display: none !important; }
 """

@@ -27,6 +27,7 @@ class Conversation:
         self.model, self.name = model, name
         self.key: str | None = None
         self.turns: list[Turn] = []
+        self.asking: str | None = None  # the question whose answer is in the works
         self._drawn = 0  # how often an answer was written anew
         self._stop = threading.Event()
         self._busy = threading.Lock()
@@ -40,7 +41,7 @@ class Conversation:
 
     def ask(self, question: str, settings: Settings, on_text: OnText | None = None) -> Answer:
         """The next answer. UserError: no video is chosen, or as `ChatModel.say`; the question then is not kept."""
-        return self._answer([*self.turns, Turn(question.strip())], settings, on_text)
+        return self._answer([*self.turns, Turn(question.strip())], settings, on_text, asked=question)
 
     def again(self, settings: Settings, on_text: OnText | None = None) -> Answer:
         """The last answer anew. UserError: nothing was asked."""
@@ -70,13 +71,21 @@ class Conversation:
         self.key = None
         self.model.videos.release(self.name)
 
-    def _answer(self, turns: list[Turn], settings: Settings, on_text: OnText | None) -> Answer:
+    def wait(self) -> None:
+        """Until no answer is in the works."""
+        with self._busy:
+            pass
+
+    def _answer(
+        self, turns: list[Turn], settings: Settings, on_text: OnText | None, asked: str | None = None
+    ) -> Answer:
         if self.key is None:
             raise UserError("Please choose a video first.")
         if not self._busy.acquire(blocking=False):
             raise UserError("The answer before this is still being written: wait for it, or stop it.")
         try:
             self._stop.clear()
+            self.asking = asked
             seen = self.model.videos.find(self.key)
             settings = replace(settings, seed=settings.seed + self._drawn)
             answer = self.model.say(seen, turns, settings, on_text, self._stop)
@@ -84,4 +93,5 @@ class Conversation:
                 self.turns[:] = [*turns[:-1], Turn(turns[-1].question, answer.text)]
             return answer
         finally:
+            self.asking = None
             self._busy.release()

@@ -12,7 +12,6 @@ it has when the encoder is loaded. Exits with 1 where features differ.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -76,12 +75,19 @@ def ways(folder: Path) -> dict[tuple[str, str], Callable[[Path], np.ndarray]]:
 
 
 def peak_of(folder: Path, layout: str, way: str, file: Path) -> None:
-    """Run one in this process and print by how many MB its memory grew."""
+    """Run one in this process and print by how many MB its memory grew at most (Linux)."""
     torch.set_num_threads(1)
     run = ways(folder)[layout, way]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far counts no more
+    before = _memory("VmRSS")
     run(file)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_memory("VmHWM") - before) / 1024)
+
+
+def _memory(name: str) -> int:
+    """kB that the system counts of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def _peak(folder: Path, layout: str, way: str, file: Path) -> float:

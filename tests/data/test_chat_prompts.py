@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.data.test_chats import (
+import pytest
+
+from tests.data.test_chats import CHAT, SEGMENTS, (
     BYTES,
     CUT_UP,
     DIM,
@@ -20,6 +22,7 @@ from tests.data.test_chats import (
     text,
 )
 from vlm.data.rng import SampleRng
+from vlm.data.video import DecodeError
 from vlm.types import IGNORE, Example
 
 
@@ -108,3 +111,12 @@ def test_the_template_of_the_first_models_ends_by_its_own_marks() -> None:
     assert row.ids[: len(prompt.ids)] == prompt.ids
     assert text(prompt).endswith("### Human: What is it?[******]### Assistant:")
     assert tuple(BYTES.encode("###")) in inputs.ends
+
+
+def test_records_that_cannot_be_cut_up() -> None:
+    for annotation in ({"chat": CHAT[1:], "segments": SEGMENTS}, {"conversations": TALK}):
+        with pytest.raises(DecodeError, match="no question for its segments"):
+            config().asks(record(annotation))
+    for segments in (None, [{"start": 0}]):
+        with pytest.raises(DecodeError, match="segments are missing or damaged"):
+            config().asks(record({**CUT_UP, "segments": segments}))

@@ -104,6 +104,22 @@ def test_a_record_is_as_many_samples_as_its_questions_are_repeated() -> None:
     assert [learnt(row_of(config(repeats=(0, 1)), made, part)) for part in range(2)] == [" stir$", " 2$"]
 
 
+def test_kinds_of_questions_are_repeated_as_told(shards: Path) -> None:
+    """From the kinds of all records, which are as many samples, each of them of the kind."""
+    found = ShardSet(shards)
+    inputs = config(repeats=(3, 2))
+    inputs = replace(inputs, repeats_of={**inputs.repeats_of, "at": 0, "counts": 5})
+    assert config().parts(found).tolist() == [3, 5, 7, 1]  # type: ignore[union-attr]
+    parts = inputs.parts(found)
+    assert parts is not None
+    assert parts.tolist() == [3, 3, 8, 1]
+    answers = [learnt(row_of(inputs, record(CUT_UP), part)) for part in range(8)]
+    assert answers == [" 0-2 pour milk\n2-6 stir$"] * 3 + [" 2$"] * 5
+    assert len(inputs.lengths(found)) == 15
+    real = [len(row_of(inputs, record(CUT_UP), part).ids) for part in range(8)]
+    assert (inputs.lengths(found)[6:14] >= real).all()
+
+
 def test_the_video_stands_after_one_question_and_before_the_next() -> None:
     """By the numbers of record and visit alone; `[******]` is its place between its marks."""
     for number in range(2):
@@ -302,7 +318,7 @@ def test_dialogues_alone_are_one_sample_each() -> None:
     class Questions:
         num_questions, path = np.array([1, 1]), "here"
 
-    with pytest.raises(UserError, match=r"inputs\.repeats=\(0, 2\) takes none"):
+    with pytest.raises(UserError, match="take none of its questions"):
         config(repeats=(0, 2)).parts(Questions())  # type: ignore[arg-type]
 
 
@@ -353,15 +369,6 @@ def test_damaged_records_are_unusable(annotation: dict[str, Any], part: str) -> 
     assert config().row_lengths(record(annotation)) == []
 
 
-def test_records_that_cannot_be_cut_up() -> None:
-    for annotation in ({"chat": CHAT[1:], "segments": SEGMENTS}, {"conversations": TALK}):
-        with pytest.raises(DecodeError, match="no question for its segments"):
-            config().asks(record(annotation))
-    for segments in (None, [{"start": 0}]):
-        with pytest.raises(DecodeError, match="segments are missing or damaged"):
-            config().asks(record({**CUT_UP, "segments": segments}))
-
-
 def test_features_of_other_sizes_are_refused() -> None:
     with pytest.raises(UserError, match=r"has 5 places, but inputs\.num_video_tokens=6"):
         train(config(), record(CUT_UP, states=features(1, 5)), 0)
@@ -380,6 +387,7 @@ def test_features_of_other_sizes_are_refused() -> None:
         {"time_places": 0},
         {"repeats": (0, 0)},
         {"repeats": (1, -1)},
+        {"repeats_of": {"at": -1}},
         {"template": "v0", "question_side": "front"},
     ],
 )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from vlm.data.templates import PLACE, Turn
+from vlm.data.tokenizers import Tokenizer
 from vlm.types import IGNORE, Control, Prompt, Segment, Text, Tokens, Video
 
 TemplateName = Literal["vicuna_v1_1", "video_chatgpt_v1", "v0"]
@@ -141,6 +142,14 @@ class Words(NamedTuple):
                 piece = piece.rstrip()
             found += self.encode(piece) if piece else []
         return found
+
+
+def words_of(tokenizer: Tokenizer, video_words: Sequence[int], *, strip: bool) -> Words:
+    """The words of a tokenizer, its control tokens, and those of videos (<vid_patch>, then the marks if there are)."""
+    special = {"<unk>": 0, _EOS: tokenizer.eos} | dict(zip((PATCH, START, END), video_words))
+    if tokenizer.bos is not None:
+        special["<s>"] = tokenizer.bos
+    return Words(tokenizer.encode, special, tokenizer.bos, strip)
 
 
 def published_text(asked: Sequence[tuple[str, str | None]], template: TemplateName, system: str) -> str:

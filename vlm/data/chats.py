@@ -8,7 +8,7 @@ the times of questions and answers are counted in them (vlm.data.time_axis).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from vlm.data.chat_lengths import ChatRows, chat_lengths, parts_of, question_of
+from vlm.data.chat_lengths import ChatRows, Repeats, chat_lengths, parts_of, question_of
 from vlm.data.chat_records import (
     SEGMENTS,
     Asked,
@@ -41,6 +41,7 @@ from vlm.data.chat_templates import (
     chat,
     published_tokens,
     stripped,
+    words_of,
 )
 from vlm.data.features import tensor_members
 from vlm.data.frames import CLIP_COLOURS
@@ -67,6 +68,7 @@ from vlm.data.video_rows import (
 from vlm.types import IGNORE, Ask, Batch, Example, Prompt, Record, Row, Tokens, UserError, Visit
 
 VIEW = "dialogue"
+_KINDS = ("at", "order", "counts", "anticipation", "written")  # of questions of vlm.sources.common_chat
 
 
 @dataclass(slots=True, kw_only=True)
@@ -117,6 +119,9 @@ class ChatConfig:
     """Most tokens of a row in training; a longer one loses its last tokens, but the video stays whole."""
     repeats: tuple[int, int] = (12, 2)
     """How often an epoch has the first question of a record, which asks for its segments, and how often each other."""
+    repeats_of: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(_KINDS))
+    """The same for questions of one kind after the first; none: as `repeats` says. Where one is given, training begins
+    by reading the kinds of all questions, which the index does not have."""
     task: Literal["segments", "caption"] = "segments"
     """What tests ask. segments: the first question of each record, whose answer is compared frame by frame; caption:
     every answer, compared with the true one as a text."""
@@ -131,6 +136,9 @@ class ChatConfig:
                 raise ValueError(f"inputs.{name} is {getattr(self, name)}; it must be at least 1, or none")
         if len(self.repeats) != 2 or min(self.repeats) < 0 or not any(self.repeats):
             raise ValueError(f"inputs.repeats is {self.repeats}; it must be two numbers from 0, one of them above 0")
+        for kind, count in self.repeats_of.items():
+            if count is not None and count < 0:
+                raise ValueError(f"inputs.repeats_of.{kind} is {count}; it must be from 0, or none")
         if self.template == "v0" and self.question_side == "front":
             raise ValueError("inputs.question_side=front: template v0 has no such form; set it to before")
 
@@ -149,13 +157,13 @@ class ChatConfig:
 
     def parts(self, shards: ShardSet) -> np.ndarray | None:
         """(records,) samples of each record: its questions as often as they are repeated, or one dialogue."""
-        return parts_of(shards, self.repeats)
+        return parts_of(shards, self._repeats)
 
     def lengths(self, shards: ShardSet) -> np.ndarray:
         """(samples,) tokens that each sample's row is expected to have, from the index."""
         whole = replace(self, max_length=1 << 30)
         counted_by = None if self.tokenizer is None else content_hash(self.tokenizer)
-        return chat_lengths(shards, ChatRows(whole.row_lengths, self.repeats, self.max_length, counted_by))
+        return chat_lengths(shards, ChatRows(whole.row_lengths, self._repeats, self.max_length, counted_by))
 
     def row_lengths(self, record: Record) -> list[int]:
         """Tokens of the row of each question of a record, or of its dialogue; none of a damaged one, which is told
@@ -175,7 +183,7 @@ class ChatConfig:
         """
         self.check_views(visit.views)
         part = visit.part or 0
-        spoken = self._spoken(record, question_of(part, self.repeats) if has_chat(record) else 0, part)
+        spoken = self._spoken(record, None, part)
         example = self._look(record, self._drawn(rng)) if spoken.shows else Example(key=record.key)
         tokens = self._tokens(spoken)
         counters: dict[str, int] = {}
@@ -302,6 +310,11 @@ class ChatConfig:
             return self.question_side
         return "after" if number is None or number % 2 == 0 else "before"
 
+    @property
+    def _repeats(self) -> Repeats:
+        kinds = tuple((kind, count) for kind, count in self.repeats_of.items() if count is not None)
+        return Repeats(*self.repeats, kinds)
+
     def _drawn(self, rng: SampleRng) -> str:
         """The members that training reads at a visit. It is the first that is drawn there."""
         return rng.python.choice((self.features, *self.augmented)) if self.augmented else self.features
@@ -315,13 +328,14 @@ class ChatConfig:
             )
         return Example(key=record.key, frame_tokens=tokens)
 
-    def _spoken(self, record: Record, question: int, part: int) -> Spoken:
-        """What a training row says: one question of a record, or its dialogue."""
+    def _spoken(self, record: Record, number: int | None, part: int) -> Spoken:
+        """What a training row says: one question of a record, that of this number or of this part, or its dialogue."""
         side, system = self._side(record.row + part), self._system(self.template)
         if not has_chat(record):
             spoken = dialogue_of(record, system)
             return spoken._replace(asked=with_video(spoken.asked, side))
-        asked = questions_of(record, self._places)[question]
+        questions = questions_of(record, self._places)
+        asked = questions[question_of(part, self._repeats, [q.kind for q in questions]) if number is None else number]
         return Spoken(system, [asked._replace(question=placed(asked.question, side))])
 
     def _ask_segments(self, record: Record) -> Ask:
@@ -361,11 +375,7 @@ class ChatConfig:
         )
 
     def _published_words(self) -> Words:
-        tokenizer = tokenizer_of(self.tokenizer)
-        special = {"<unk>": 0, "</s>": tokenizer.eos} | dict(zip((PATCH, START, END), self._video_words))
-        if tokenizer.bos is not None:
-            special["<s>"] = tokenizer.bos
-        return Words(tokenizer.encode, special, tokenizer.bos, self.whitespace == "strip")
+        return words_of(tokenizer_of(self.tokenizer), self._video_words, strip=self.whitespace == "strip")
 
     def _prompt_row(self, spoken: Spoken, counters: dict[str, int]) -> Row:
         """A row to go on from: up to the last answer. It is never cut: without its end it would ask for something

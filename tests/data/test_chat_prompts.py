@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from tests.data.test_chats import CHAT, SEGMENTS, (
+from tests.data.test_chats import (
     BYTES,
+    CHAT,
     CUT_UP,
     DIM,
     PLACES,
+    SEGMENTS,
     STATES,
     TALK,
     TEXT,

@@ -289,7 +289,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     check_name(name)
     module, _, function = name.partition(".")
     recipe = override(getattr(importlib.import_module(f"vlm.recipes.{module}"), function)(), list(overrides))
-    if recipe.steps is not None and any(o.startswith("epochs=") for o in overrides):
+    if recipe.steps is not None and any(o.startswith("epochs=") and o != "epochs=none" for o in overrides):
         raise UserError(f"epochs is given, but {name} runs for steps={recipe.steps}: add steps=none")
     return recipe
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlm.data.glance import Limits, look_apart
+from vlm.data.glance import Glance, Limits, look_apart
 from vlm.data.templates import PLACE
 from vlm.data.video import DecodeError
 from vlm.models.generation import GenerationConfig, Watch, generate
@@ -154,7 +154,8 @@ class ChatModel:
             record = replace(record, key=key[:16])
             warnings = tuple(f"{warning[:1].upper()}{warning[1:]}." for warning in glance.info.warnings)
             example = self._example(record)
-            return Seen(key=key, example=example, pictures=pictures_of(glance), about=about(glance), warnings=warnings)
+            told = about(glance) + self._axis(glance)
+            return Seen(key=key, example=example, pictures=pictures_of(glance), about=told, warnings=warnings)
 
         return self._kept(key, make, holder, path.name)
 
@@ -175,7 +176,8 @@ class ChatModel:
                 if record.video is None:
                     return Seen(key=key, example=example, pictures=(), about="features alone, without pictures")
                 glance = look_apart(file, self.limits)
-                return Seen(key=key, example=example, pictures=pictures_of(glance), about=about(glance))
+                told = about(glance) + self._axis(glance)
+                return Seen(key=key, example=example, pictures=pictures_of(glance), about=told)
 
             key = f"{record.shard}/{record.row}/{record.key}"
             return self._kept(key, make, holder, record.key)
@@ -200,6 +202,13 @@ class ChatModel:
         with self._lock:
             tokens = self.system(batch, instead=self.system.see)
         return replace(example, frames=None, frame_tokens=tokens.cpu())
+
+    def _axis(self, glance: Glance) -> str:
+        """What the numbers in answers about segments are."""
+        places = getattr(self.inputs, "time_places", None) or getattr(self.inputs, "num_video_tokens", 0)
+        if self.inputs.task != "segments" or not places or not glance.info.duration:
+            return ""
+        return f"; times in answers count {places:,} parts of {glance.info.duration / places:.2g} s"
 
     # ------------------------------------------------------------------------------------------ words
 

@@ -70,7 +70,12 @@ def settings_of(recipe: Recipe) -> Settings:
 
 
 def rate_of(recipe: Recipe, given: float | None) -> float | None:
-    """Frames a second that a recipe's features are of: as given, or as its shards say; None: neither."""
+    """Frames a second that a recipe's features are of: as given, or as its shards say; None: neither, or they are of so
+    many frames whatever the video's length."""
+    if not hasattr(recipe.inputs, "num_frames"):
+        if given is not None:
+            raise UserError(f"--fps {given:g}: {type(recipe.inputs).__name__} reads as many frames of every video")
+        return None
     if given is not None:
         if not 0 < given <= 1000:
             raise UserError(f"--fps {given:g}: frames a second are more than 0 and at most 1000")

@@ -109,6 +109,10 @@ def test_splits_by_persons_cover_everybody_once() -> None:
         ("SIL\ntake bowl\n", "row 2: 'take bowl' is no class"),
         ("SIL\n\n\nSIL\n", "row 2: is empty, but each row is the label of a frame"),
         ("Format 1:\nQ: What?\n", "row 1: 'Format 1:' is no class"),
+        (f"1-{'9' * 5000} SIL\n", "goes beyond the end of any video"),
+        ("1-99999999999999 SIL\n", "goes beyond the end of any video"),
+        ("\ufeff", "holds no label"),
+        ("\u00a0\n", "holds no label"),
         ("", "is empty"),
         ("SIL\n\udce9\n", "is not UTF-8 text"),
     ],
@@ -145,7 +149,8 @@ def test_files_that_are_damaged_as_a_whole(tmp_path: Path) -> None:
             list(read(tmp_path, split))
     with pytest.raises(UserError, match="no such folder; --root"):
         list(read(tmp_path / "gone", "all"))
-    for text, message in (("0 a\nb 1\n", "row 2"), ("0 a\n0 b\n", "row 2"), ("0 a\n1 a\n", "row 2"), ("", "is empty")):
+    for text, message in (("0 a\nb 1\n", "row 2"), ("0 a\n0 b\n", "row 2"), ("0 a\n1 a\n", "row 2"), ("", "is empty"),
+                          ("² a\n", "row 1"), (f"{'9' * 5000} a\n", "row 1")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             read_mapping(write(tmp_path, {"mapping.txt": text}) / "mapping.txt")
     with pytest.raises(UserError, match="lists no video"):

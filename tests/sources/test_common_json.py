@@ -111,6 +111,7 @@ def test_single_items_are_rejected_and_the_others_stay(tmp_path: Path) -> None:
         ("[{} {}]", "line 1, column 5: ',' is expected"),
         ("[{},]", "line 1, column 5"),
         ("[" * 100_000, "values lie too deep"),
+        (f"[{'9' * 5000}]", "line 1, column 2: a number of thousands of digits"),
     ],
 )
 def test_damaged_files(content: str, message: str, tmp_path: Path) -> None:

@@ -123,3 +123,29 @@ def test_features_stand_for_videos(tmp_path: Path) -> None:
     assert isinstance(first, Sample)
     assert first.members == {"clip_pooled.npy": tmp_path / "pooled" / "v_a.npy"}
     assert isinstance(second, Rejected)
+
+
+@pytest.mark.parametrize(
+    ("damaged", "what"), [(7, "is not in"), ({"answer": "x"}, "is not in"), ("copy", "stands in several rows of")]
+)
+def test_one_damaged_answer_costs_one_question(tmp_path: Path, damaged: Any, what: str) -> None:
+    questions = [{"video_name": "abc", "question": f"{at}?", "question_id": f"abc_{at}"} for at in range(4)]
+    answers: list[Any] = [{"answer": f"so {at}", "question_id": f"abc_{at}"} for at in range(4)]
+    answers[1] = answers[2] if damaged == "copy" else damaged
+    root = write(tmp_path, {"abc.mp4": "v", "test_q.json": questions, "test_a.json": answers})
+    *rejected, sample = read(root, "test")
+    assert isinstance(sample, Sample)
+    kept = [0, 3] if damaged == "copy" else [0, 2, 3]  # of two answers under one id neither is taken
+    assert [row[2:] for row in asked(sample)] == [(f"{at}?", f"so {at}") for at in kept]
+    reasons = [item.reason for item in rejected if isinstance(item, Rejected)]
+    assert len(reasons) == 4 - len(kept)
+    assert any(what in reason for reason in reasons)
+
+
+def test_yes_is_no_number(tmp_path: Path) -> None:
+    rows = [{"video_name": "abc", "question": "?", "answer": answer} for answer in (True, 3)]
+    root = write(tmp_path, {"abc.mp4": "v", "test.json": rows})
+    rejected, sample = read(root, "test")
+    assert isinstance(rejected, Rejected)
+    assert "column 'answer': True is not a text" in rejected.reason
+    assert [row[3] for row in asked(sample)] == ["3"]

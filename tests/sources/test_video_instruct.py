@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vlm.sources import instruct
+from vlm.sources.common_chat import ALL_SEGMENTS
 from vlm.sources.common_fork_chat import Exchange, chat_json, instruct_exchanges
 from vlm.sources.video_instruct import read
 from vlm.types import Rejected, Sample, UserError
@@ -142,3 +143,24 @@ def test_damaged_rows_are_named_and_others_kept(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"val\.json: no such file"):
         list(read(root, "val"))
+
+
+def test_rows_of_strangers_are_no_end(tmp_path: Path) -> None:
+    huge = "9" * 5000
+    rows = [
+        {"id": "v_a", "video": "v_a.pkl", "conversations": [3, 4]},
+        {"video_id": "v_a", "q": ALL_SEGMENTS.format(activity="tea"), "a": f"1-{huge} SIL"},
+        {"video_id": "v_a", "q": f"What is between {huge} and 3, at {huge}, in frame {huge}?", "a": f"1-{huge} SIL"},
+    ]
+    root = write(tmp_path, {"v_a.mp4": "v", "train.json": rows, "frames.json": {"v_a": 100}})
+    rejected, sample = read(root, "train", [root / "train.json", root / "frames.json"])
+    assert isinstance(rejected, Rejected)
+    assert "is not one question and its answer" in rejected.reason
+    assert isinstance(sample, Sample)
+    assert "segments" not in sample.annotation
+    assert [(row["question"], row["answer"]) for row in sample.annotation["chat"]] == [
+        (row["q"], row["a"]) for row in rows[1:]
+    ]
+    (root / "train.json").write_text(f'[{{"video_id": {huge}, "q": "?", "a": "!"}}]')
+    with pytest.raises(UserError, match="a number of thousands of digits"):
+        list(read(root, "train"))

@@ -47,6 +47,8 @@ def read_json(file: Path) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not JSON (line {error.lineno}, column {error.colno}: {error.msg}): it is damaged "
                         "or was cut short; download it again") from error  # fmt: skip
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, values too deep in one another
+        raise UserError(f"{file} cannot be read as JSON ({error!s:.100})") from error
 
 
 def read_labels(file: Path) -> dict[str, int]:

@@ -125,6 +125,8 @@ class _Reader:
                     raise self.damage(error.msg, error.pos) from error
             except RecursionError as error:
                 raise self.damage("values lie too deep in one another", self.place) from error
+            except ValueError as error:
+                raise self.damage("a number of thousands of digits", self.place) from error
             else:
                 if end < len(self.buffer) or self.ended:  # else it may be a number that goes on
                     stray = not_utf8(self.buffer[self.place : end])

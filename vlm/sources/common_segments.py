@@ -21,6 +21,8 @@ from vlm.types import UserError
 ALL = "all"  # a split: every video that has labels
 
 _SPAN = re.compile(r"(\d+)\s*-\s*(\d+)\s+(\S+)")
+_CLASS = re.compile(r"([0-9]{1,9})[ \t]+(\S.*)")
+_MOST_DIGITS = 9  # of a frame's number; a billion frames are a year of video
 
 Segment = dict[str, Any]
 
@@ -69,12 +71,12 @@ def read_mapping(file: Path) -> dict[str, int]:
     """Class name -> number from lines `number name`. Copies differ in their numbers: some count from 1."""
     classes: dict[str, int] = {}
     for number, line in _lines(file):
-        first, _, name = line.partition(" ")
-        if not first.isdigit() or not name.strip():
+        found = _CLASS.fullmatch(line)
+        if found is None:
             raise UserError(f"{file} row {number}: {line!r:.60} is not of the form `number class`")
-        if name.strip() in classes or int(first) in classes.values():
+        if found[2] in classes or int(found[1]) in classes.values():
             raise UserError(f"{file} row {number}: {line!r:.60} stands in another row too, so classes are not certain")
-        classes[name.strip()] = int(first)
+        classes[found[2]] = int(found[1])
     return classes
 
 
@@ -106,6 +108,8 @@ def read_segments(
         lines = _lines(file)
     except UserError as error:
         raise BadCell(str(error)) from error
+    if not lines:
+        raise BadCell(f"{file}: holds no label")
     if _SPAN.fullmatch(lines[0][1]):
         return _from_spans(file, lines, classes, unclassed)
     if len(lines) < lines[-1][0]:
@@ -142,6 +146,8 @@ def _from_spans(
         where, found = f"{file} row {number}", _SPAN.fullmatch(line)
         if found is None:
             raise BadCell(f"{where}: {line!r:.60} is not of the form `first-last label`")
+        if max(len(found[1]), len(found[2])) > _MOST_DIGITS:
+            raise BadCell(f"{where}: {line!r:.60} goes beyond the end of any video")
         first, last, name = int(found[1]), int(found[2]), found[3]
         if name not in classes and name not in unclassed:
             raise BadCell(f"{where}: {name!r:.60} is no class")

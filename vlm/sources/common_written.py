@@ -25,12 +25,13 @@ from vlm.sources.common_chat import Row, time_of
 from vlm.types import UserError
 
 _FORMAT = re.compile(r"\s*Format\s*\d+\s*:?\s*", re.IGNORECASE)
-_QUESTION = re.compile(r"\s*(?:\d+\s*[.)]\s*)?Q\s*\d*\s*[:.]\s*(.*)")
-_ANSWER = re.compile(r"\s*A\s*\d*\s*:\s*(.*)")
-_RANGE = re.compile(r"(\b(?:frames?|between|from|segments?)\s+(?:frames?\s+)?)?(?<![\d.])(\d+)(\s*(?:-|–|to|and)\s*)"
-                    r"(?:frames?\s+)?(\d+)(?![\d.]*\d)", re.IGNORECASE)  # fmt: skip
-_FRAME = re.compile(r"(\bframes?\s+(?:number\s+)?)(\d+)\b", re.IGNORECASE)
-_MOMENT = re.compile(r"(\b(?:at|around|until|after|before|from|since)\s+)(\d+)\b(?![\d.]*\d)", re.IGNORECASE)
+_QUESTION = re.compile(r"\s*(?:\d+\s*[.)]\s*)?Q(?:\s*\d+)?\s*[:.]\s*(.*)")
+_ANSWER = re.compile(r"\s*A(?:\s*\d+)?\s*:\s*(.*)")
+# a number of ten digits or more is no frame of a video
+_RANGE = re.compile(r"(\b(?:frames?|between|from|segments?)\s+(?:frames?\s+)?)?(?<![\d.])(\d{1,9})"
+                    r"(\s*(?:-|–|to|and)\s*)(?:frames?\s+)?(\d{1,9})(?![\d.]*\d)", re.IGNORECASE)  # fmt: skip
+_FRAME = re.compile(r"(\bframes?\s+(?:number\s+)?)(\d{1,9})\b", re.IGNORECASE)
+_MOMENT = re.compile(r"(\b(?:at|around|until|after|before|from|since)\s+)(\d{1,9})\b(?![\d.]*\d)", re.IGNORECASE)
 _LABEL = re.compile(r"(?<=[A-Za-z0-9])_(?=[A-Za-z0-9])")
 
 

@@ -88,7 +88,8 @@ def _questions(row: Mapping[str, Any], id: str) -> list[tuple[str, str]]:
 def _answer(row: dict[str, Any]) -> str:
     column = "A" if row.keys() & {"A", "Q", "Q1", "Q2"} else "answer"
     value = row.get(column)
-    return text_of(row | {column: str(value)} if isinstance(value, int) else row, column).strip()  # how many there are
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return text_of(row | {column: str(value)} if is_count else row, column).strip()
 
 
 def _kind(row: Mapping[str, Any], file: Path) -> str:
@@ -138,15 +139,18 @@ def _paired(files: Sequence[Path]) -> Iterator[_Row | Rejected]:
     if len(questions) != len(given):
         raise UserError(f"{asks[0]} has {len(questions)} rows, but {answers} has {len(given)}: each is to answer one")
     by_id = {str(row["question_id"]): row for _, row in _good(given) if "question_id" in row}
+    several = Counter(str(row.get("question_id")) for _, row in _good(given))
     for question, answer in zip(questions, given):
         if isinstance(question, Rejected):
             yield question
             continue
         where, row = question
-        if len(by_id) == len(given) and str(row.get("question_id")) in by_id:
-            yield where, row | {"answer": by_id[str(row["question_id"])].get("answer")}
+        id = str(row.get("question_id", ""))
+        if several[id] == 1 and id in by_id:
+            yield where, row | {"answer": by_id[id].get("answer")}
         elif by_id and "question_id" in row:
-            reason = f"{where}, column 'question_id': {row['question_id']!r} is not in {answers}"
+            how = "stands in several rows of" if several[id] else "is not in"
+            reason = f"{where}, column 'question_id': {row['question_id']!r:.60} {how} {answers}"
             yield Rejected(f"{asks[0].name}:{where.rpartition(' ')[2]}", reason, str(asks[0]))
         elif isinstance(answer, Rejected):
             yield answer

@@ -33,7 +33,7 @@ from vlm.sources.common_written import with_times
 from vlm.types import Rejected, Sample, UserError
 
 _FORK = re.compile(r"(P\d+)_([a-z]+)((?:_ch\d)?)_(cam\d+|webcam\d+|stereo)")
-_LINE = re.compile(r"(\d+)\s*-\s*(\d+)\s+(\S.*)")
+_LINE = re.compile(r"(\d{1,9})\s*-\s*(\d{1,9})\s+(\S.*)")
 _ASKS = re.compile(re.escape(ALL_SEGMENTS).replace(r"\{activity\}", r"(.+?)") + r"\.?")
 _CLASSES = {words_of(name): name for names in (breakfast.ACTIONS, salads.ACTIONS) for name in names}
 _NUMBERS = {name: at for names in (breakfast.ACTIONS, salads.ACTIONS) for at, name in enumerate(names)}
@@ -100,7 +100,8 @@ def _asked(row: dict[str, Any]) -> tuple[str, str, str]:
     if "conversations" not in row:
         return name, text_of(row, "q").strip(), text_of(row, "a").strip()
     turns = row["conversations"]
-    speakers = [turn.get("from") for turn in turns] if isinstance(turns, list) else []
+    turns = turns if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns) else []
+    speakers = [turn.get("from") for turn in turns]
     if speakers != ["human", "gpt"]:
         raise BadCell(
             "column 'conversations': is not one question and its answer; dialogues of several turns are read by the "

@@ -133,7 +133,7 @@ def demo() -> Recipe:
             repeats=(1, 0),
         ),
         data=TrainData(shards="data/demo/sequences/train", workers=1),
-        optim=OptimConfig(lr=2e-2, warmup_steps=20, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0),
+        optim=OptimConfig(lr=4e-2, warmup_steps=20, betas=(0.9, 0.99), weight_decay=1.0, max_grad_norm=1.0),
         views={"dialogue": 1.0},
         global_batch_size=32,
         steps=300,

@@ -43,9 +43,7 @@ def recipe(*overrides: str) -> Recipe:
 def opened(recipe: Recipe, source: Path | None = None, **settings: Any) -> ChatModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the frozen .* RANDOM weights")
-        return open_model(
-            recipe, "video_chatgpt.debug", device=CPU, say=lambda text: None, **{"source": None, **settings}
-        )
+        return open_model(recipe, "video_chatgpt.debug", source, device=CPU, say=lambda text: None, **settings)
 
 
 @pytest.fixture(scope="module")

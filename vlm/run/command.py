@@ -211,8 +211,8 @@ def _unknown_option(argument: str, parser: _Parser) -> str:
 def _recipes_in_short() -> str:
     """Modules of recipes with the number of each, and how to see more."""
     known = families()
-    counts = ", ".join(f"{module} ({len(functions)})" for module, functions in known.items())
-    listed = textwrap.fill(f"recipes: {counts}", 80, subsequent_indent="  ")
+    counts = ", ".join(f"{module}\N{NO-BREAK SPACE}({len(functions)})" for module, functions in known.items())
+    listed = textwrap.fill(f"recipes: {counts}", 80, subsequent_indent="  ").replace("\N{NO-BREAK SPACE}", " ")
     return f"{listed}\n(--recipe {next(iter(known))} names those of one; --help-all names all)"
 
 

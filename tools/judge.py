@@ -181,11 +181,16 @@ def dry_run(works: Sequence[Work], limit: int | None) -> None:
     for work in works:
         requests = requests_of(work)[:limit]
         for number, request in enumerate(requests[: limit or _SHOWN], 1):
-            print(f"==== {work.aspect.name} {number} of {len(requests)}: {request.item.key}")
-            print(f"[system]\n{request.system}\n[user]\n{request.user}\n")
+            print(_printable(f"==== {work.aspect.name} {number} of {len(requests)}: {request.item.key}"))
+            print(_printable(f"[system]\n{request.system}\n[user]\n{request.user}\n"))
         total += len(requests)
         tokens += sum(len(one.system) + len(one.user) for one in requests) // 4
     print(f"{total:,} requests, roughly {tokens:,} tokens; replies add some {20 * total:,}")
+
+
+def _printable(text: str) -> str:
+    """Without letters that steer a terminal or that none can show: texts are of strangers."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def export(items: Sequence[Item], file: Path, form: str) -> None:
@@ -216,14 +221,14 @@ def _judge(options: argparse.Namespace) -> Judge:
 def report(outcome: Outcome, folder: Path) -> int:
     """Print the figures; 1 where something is left to be asked."""
     for entry in outcome.entries:
-        print(line_of(entry))
+        print(_printable(line_of(entry)))
         for bare in entry["unjudged_items"][:_LISTED]:
-            print(f"  without verdict: {bare['key']}: {bare['problem']}", file=sys.stderr)
+            print(_printable(f"  without verdict: {bare['key']}: {bare['problem']}"), file=sys.stderr)
     models = {json.dumps([entry["aspect"], entry["judge"]]) for entry in outcome.entries}
     if len(models) < len(outcome.entries):
         print("the server named several models under one name: figures are apart for each", file=sys.stderr)
     for key, problem in outcome.unanswered[:_LISTED]:
-        print(f"not asked: {key}: {problem}", file=sys.stderr)
+        print(_printable(f"not asked: {key}: {problem}"), file=sys.stderr)
     if outcome.unanswered:
         print(
             f"{len(outcome.unanswered):,} items found no reply; the same command asks about them again", file=sys.stderr
@@ -258,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return report(outcome, folder)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(_printable(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what was judged is kept, and the same command goes on", file=sys.stderr)

@@ -88,6 +88,8 @@ def test_replies_that_hold_a_score(reply: str, score: float) -> None:
         ('{"score": __import__("os").getpid()}', "neither JSON nor a dictionary"),
         ('{"score": 2 + 2}', "neither JSON nor a dictionary"),
         ('{"score": 1, "score": 5}', "a key twice"),
+        ("{'score': 1, 'score': 5}", "a key twice"),
+        ("{''score': 1, ''score': 5}", "a key twice"),
         ('{"score": 4} or {"score": 5}', "verdicts that differ"),
         ('{"score": 6}', "not a number from 0 to 5"),
         ('{"score": -1}', "not a number from 0 to 5"),

@@ -355,6 +355,14 @@ def test_a_line_that_was_cut_is_asked_again(serve: Callable[..., Server], tmp_pa
     path.write_text("{\n" + whole)
     with pytest.raises(UserError, match=r"judged.jsonl: line 1 is not JSON.*take this line out"):
         run(tmp_path, [own], OpenAICompatible(server.url, "m"))
+    for before, after in (('"score": 3.0', '"score": NaN'), ('"score": 3.0', '"score": 30'), ('"score": 3.0, ', "")):
+        path.write_text(whole.replace(before, after, 1))
+        with pytest.raises(UserError, match=r"the row of 'v_0' has the score .*take this line out"):
+            run(tmp_path, [own], OpenAICompatible(server.url, "m"))
+    path.write_text(whole)
+    (tmp_path / "judged.json").write_text('{"judged": 5}')
+    with pytest.raises(UserError, match="has no list `judged`"):
+        run(tmp_path, [own], OpenAICompatible(server.url, "m"))
 
 
 def test_replies_without_verdict_are_counted(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -501,3 +509,7 @@ def test_recorded_replies_of_several_judges(tmp_path: Path) -> None:
     file.write_text('{"key": "v"}\n')
     with pytest.raises(UserError, match=r"it is no judged\.jsonl"):
         Recorded(file)
+    for other in ({"temperature": float("nan")}, {"model": 5}, {"more": 1}):
+        file.write_text(json.dumps(rows[0] | {"judge": name | other}) + "\n")
+        with pytest.raises(UserError, match="is not the name of a judge"):
+            Recorded(file)

@@ -165,6 +165,9 @@ def test_dry_run_asks_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert tool.main([str(run), "--aspect", "detail", "--dry-run", "--limit", "2"]) == 0
     assert "2 requests, roughly" in capsys.readouterr().out
     assert sorted(path.name for path in run.iterdir()) == ["predictions.jsonl"]
+    hostile = [{"text": "\ud800 \x1b[31mred Straße 猫", "references": ["A cup."]}]
+    assert tool.main([str(write_run(tmp_path / "run", hostile)), "--aspect", "detail", "--dry-run"]) == 0
+    assert r"\ud800 \x1b[31mred Straße 猫" in capsys.readouterr().out
 
 
 def test_export(tmp_path: Path) -> None:

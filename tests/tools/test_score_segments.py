@@ -71,6 +71,9 @@ def test_a_video_without_prediction_is_all_wrong(
     found = json.loads(output.out)
     assert (found["mof"], found["num_unparsable"], found["fork_errors"]) == (9 / 20, 1, 1)
     assert "P04_cam01_P04_milk: there is no prediction: scored as an empty prediction" in output.err
+    bundle.write_text("P03_cam01_P03_tea.txt\nP04_cam01_P04_milk.txt\nP03_cam01_P03_tea.txt\n")
+    assert score.main(["--segments", *map(str, folders), "--list", str(bundle)]) == 2
+    assert "test.bundle: 'P03_cam01_P03_tea' comes twice" in capsys.readouterr().err
 
 
 def test_predictions_that_are_shorter_or_longer(folders: tuple[Path, Path]) -> None:
@@ -81,6 +84,7 @@ def test_predictions_that_are_shorter_or_longer(folders: tuple[Path, Path]) -> N
         video = video_figures(rows[0].truth, rows[0].prediction)
         assert (video.right, video.frames) == (min(count, 4), 10)
         assert f"{name}: {count} frames of 10" in notes[0]
+        assert ("count in edit and F1 alone" if count > 10 else "are wrong") in notes[0]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,10 @@ def test_predictions_that_are_shorter_or_longer(folders: tuple[Path, Path]) -> N
         (lambda truth, said: (said / "P03_cam01_P03_tea.txt").write_text("a\nb c\n"), "row 2: 'b c' is not the label"),
         (lambda truth, said: (truth.parent / "mapping.txt").write_text("0 SIL\n"), "'add_teabag' is no class"),
         (lambda truth, said: [file.unlink() for file in said.iterdir()], "holds no prediction"),
+        (
+            lambda truth, said: (said / "P03_cam01_P03_tea").write_text("a\n"),
+            "results: 'P03_cam01_P03_tea' comes twice",
+        ),
     ],
 )
 def test_folders_that_are_refused(folders: tuple[Path, Path], change: Any, says: str) -> None:

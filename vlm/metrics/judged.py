@@ -247,8 +247,8 @@ def _literal(text: str) -> dict[Any, Any]:
         raise ValueError(f"an object of {len(text)} characters")
     readings = (
         lambda: json.loads(text, object_pairs_hook=_once),
-        lambda: ast.literal_eval(text),
-        lambda: ast.literal_eval(re.sub(r"''(\w+)'", r"'\1'", text)),
+        lambda: _python(text),
+        lambda: _python(re.sub(r"''(\w+)'", r"'\1'", text)),
     )
     for read in readings:
         try:
@@ -266,10 +266,20 @@ class _Twice(ValueError):
     pass
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     if len({key for key, _ in pairs}) < len(pairs):
         raise _Twice("an object that has a key twice")
     return dict(pairs)
+
+
+def _python(text: str) -> Any:
+    """A literal of Python's; of a dictionary its pairs, so that a key that comes twice is seen."""
+    found = ast.parse(text.strip(), mode="eval").body
+    if not isinstance(found, ast.Dict):
+        return None
+    return _once(
+        [(ast.literal_eval(key or found), ast.literal_eval(value)) for key, value in zip(found.keys, found.values)]
+    )
 
 
 def _verdict(aspect: Aspect, value: dict[Any, Any]) -> Verdict:

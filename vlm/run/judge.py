@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import math
 import os
 import re
 import threading
@@ -373,5 +374,8 @@ def name_of(value: dict[str, Any]) -> JudgeName:
         name = JudgeName(**value)
     except TypeError as error:
         raise UserError(f"{repr(value)[:100]} is not the name of a judge") from error
-    assert asdict(name) == value
+    texts = isinstance(name.model, str) and isinstance(name.endpoint, str)
+    number = name.temperature is None or (type(name.temperature) in (int, float) and math.isfinite(name.temperature))
+    if not texts or not number or asdict(name) != value:
+        raise UserError(f"{repr(value)[:100]} is not the name of a judge")
     return name

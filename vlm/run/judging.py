@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from vlm.files import sole_writer, write_json
-from vlm.metrics.judged import LONGEST_REPLY, Aspect, Item, Verdict, digest_of, figures, parse, prompts_of, version_of
+from vlm.metrics.judged import (
+    LARGEST_SCORE,
+    LONGEST_REPLY,
+    Aspect,
+    Item,
+    Verdict,
+    digest_of,
+    figures,
+    parse,
+    prompts_of,
+    version_of,
+)
 from vlm.run.judge import Judge, JudgeName, Refused, Unanswered, now
 from vlm.run.run_folder import read_json, read_rows
 from vlm.types import UserError
@@ -246,6 +257,14 @@ def read_judged(path: Path) -> list[dict[str, Any]]:
     rows = read_rows(path, damaged)
     if damaged:
         raise UserError(f"{path.parent}: {damaged[0]}; take this line out, and what it judged is asked about again")
+    for row in rows:
+        score = row.get("score", "missing")
+        good = type(score) in (int, float) and 0 <= score <= LARGEST_SCORE
+        if not (score is None or good) or not isinstance(row.get("date"), str):
+            raise UserError(
+                f"{path}: the row of {str(row.get('key'))[:100]!r} has the score {repr(score)[:30]} and the date "
+                f"{repr(row.get('date'))[:30]}; take this line out, and what it judged is asked about again"
+            )
     return rows
 
 
@@ -324,7 +343,9 @@ def _add_entries(path: Path, entries: Sequence[dict[str, Any]]) -> None:
         return json.dumps([entry.get("aspect"), entry.get("judge"), entry.get("prompts")], sort_keys=True)
 
     new = {name(entry) for entry in entries}
-    before = read_json(path).get("judged", []) if path.exists() else []
+    before = read_json(path).get("judged") if path.exists() else []
+    if not isinstance(before, list):
+        raise UserError(f"{path}: has no list `judged`; take it away, and the same command makes it from {ROWS}")
     kept = [entry for entry in before if isinstance(entry, dict) and name(entry) not in new]
     if entries or kept:
         write_json(path, {"judged": [*kept, *entries]})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,13 @@ def read_frames(truth: Path, said: Path, bundle: Path | None = None) -> tuple[li
             raise UserError(f"{folder}: no such folder of labels of frames, a file a video")
     mapping = truth.parent / "mapping.txt"
     classes = read_mapping(mapping) if mapping.is_file() else None
-    predictions = {_name(file): file for file in sorted(said.iterdir()) if file.is_file() and file.name[0] != "."}
-    names = read_bundle(bundle) if bundle is not None else tuple(predictions)
+    files = [file for file in sorted(said.iterdir()) if file.is_file() and file.name[0] != "."]
+    predictions = {_name(file): file for file in files}
+    names = read_bundle(bundle) if bundle is not None else tuple(map(_name, files))
+    for where, listed in ((said, list(map(_name, files))), (bundle, names)):
+        twice = [name for name, count in Counter(listed).items() if count > 1]
+        if twice:
+            raise UserError(f"{where}: {twice[0]!r:.60} comes twice, so it is not certain what counts")
     rows, notes = [], []
     for name in names:
         file = truth / f"{name}.txt"
@@ -95,7 +101,10 @@ def read_frames(truth: Path, said: Path, bundle: Path | None = None) -> tuple[li
         frames = spans[-1][1]
         if len(found) != frames:
             what = f"{len(found)} frames of {frames}" if prediction else "no prediction"
-            notes.append(f"{name}: {what}; frames without a label are wrong, those too many are no frames")
+            more = (
+                "those beyond the truth count in edit and F1 alone" if len(found) > frames else "the others are wrong"
+            )
+            notes.append(f"{name}: {what}; {more}")
         rows.append(
             Segmentation(
                 key=name,

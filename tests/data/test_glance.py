@@ -79,6 +79,22 @@ def test_what_is_refused(tmp_path: Path) -> None:
         look(good, Limits(seconds=2.5))
 
 
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(DecodeError, match=r"no video stream \(audio only\)"):
+        look(tmp_path / "sound.mp4", Limits())
+
+
+def test_frames_too_large_are_refused_by_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.data.glance.MOST_PIXELS", 64 * 48 - 1)
+    with pytest.raises(DecodeError, match="64 x 48 pixels, at most 3,071 are taken"):
+        look(clip(tmp_path / "a.mp4"), Limits())
+
+
 def test_the_caller_lives_on(tmp_path: Path) -> None:
     good = clip(tmp_path / "good.mp4")
     with pytest.raises(DecodeError, match="looks like text"):

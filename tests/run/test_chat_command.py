@@ -23,6 +23,7 @@ from vlm.run.chat_command import rate_of, settings_of
 from vlm.run.chat_examples import Examples, examples_of
 from vlm.run.chat_handlers import Handlers, Page
 from vlm.run.chat_open import open_model
+from vlm.run.command import chat_main
 from vlm.run.conversation import Conversation
 from vlm.types import Sample, UserError
 
@@ -240,3 +241,26 @@ def test_who_goes_away_stops_the_answer(handlers: Handlers) -> None:
     assert not waiting.is_alive()
     states.close()  # type: ignore[attr-defined]
     assert talk.turns == []
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert chat_main(open_encoder, ["--help"]) == 0
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 80
+    assert "deepspeed" not in page
+    for arguments, message in (
+        (["--recipe", "video_llama.demo", "--sampel"], "--sampel"),
+        (["--recipe", "video_llama.dmo"], "video_llama.demo"),
+        (["--recipe", "video_llama.demo", "--share"], "there is no such option"),
+        (["--recipe", "video_llama.demo", "--video", "a.mp4"], "--video a.mp4: there is no such file"),
+        (["--recipe", "video_llama.demo", "--encoder", "a"], "--encoder a: there is no such file"),
+        (["--recipe", "video_llama.demo", "--max-seconds", "0"], "must be above 0"),
+        (["--recipe", "video_llama.demo", "--video", __file__, "--examples", "a"], "leave one of them out"),
+    ):
+        assert chat_main(open_encoder, arguments) == 2
+        assert message in capsys.readouterr().err
+    assert chat_main(open_encoder, ["--recipe", "video_llama.demo", "--dry-run", "seed=4"]) == 0
+    assert '"seed": 4' in capsys.readouterr().out

@@ -116,7 +116,7 @@ def chat_main(open_encoder: Any, arguments: list[str] | None = None) -> int:
     Args:
         open_encoder: see vlm.run.chat_command.OpenEncoder.
     """
-    what = "Talk with a model about a video: on a page in the browser, or in the terminal (--video FILE)."
+    what = "Talk with a model about a video: on a page, or in the terminal (--video FILE)."
     parser = _parser("chat.py", what, _CHAT_PAGE, "python")
     add = parser.add_argument
     add("--checkpoint", metavar="RUN|FILE", type=Path, help="a checkpoint, a run folder, or a file of a projection")

@@ -44,7 +44,7 @@ examples:
       --checkpoint DIR run_dir=DIR2
 """
 _CHAT_PAGE = """\
-key=value changes a field of the recipe: inputs.max_length=N model.llama.path=DIR
+key=value changes a field of the recipe: inputs.max_length=N
 
 examples:
   python launch/chat.py --recipe video_llama.demo \\

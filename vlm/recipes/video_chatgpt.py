@@ -133,6 +133,7 @@ def demo() -> Recipe:
             repeats=(1, 0),
         ),
         data=TrainData(shards="data/demo/sequences/train", workers=1),
+        # so much decay: the projector is to forget form, colour and place, of which the answers need nothing
         optim=OptimConfig(lr=4e-2, warmup_steps=20, betas=(0.9, 0.99), weight_decay=1.0, max_grad_norm=1.0),
         views={"dialogue": 1.0},
         global_batch_size=32,

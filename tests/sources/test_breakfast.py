@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -324,3 +325,11 @@ def test_features_stand_for_a_video(tmp_path: Path) -> None:
     assert len(sample.warnings) == 1
     assert f"no video of '{NAME}'" in sample.warnings[0]
     assert "no video of 'P03_cam02_P03_tea'" in rejected.reason
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / f"{NAME}.npy", np.zeros((4, 2, 3), np.float16))
+    sample, rejected = read(root, "all", [Path(f"clip_states={tmp_path / 'arrays'}")])
+    assert isinstance(sample, Sample)
+    assert isinstance(rejected, Rejected)
+    assert sample.members == {"clip_states.npy": tmp_path / "arrays" / f"{NAME}.npy"}
+    with pytest.raises(UserError, match="there is no such folder"):
+        list(read(root, "all", [Path("clip_states=nowhere")]))

@@ -114,6 +114,12 @@ def test_published_folders_of_features(tmp_path: Path) -> None:
     sample = only(root, root / "chat.json", tmp_path / "features")
     assert (sample.video, sample.members) == (None, {"clip_states.npy": file})
     assert "no video file" in sample.warnings[-1]
+    rows = [{"video_id": "../secret", "q": "?", "a": "!"}]  # a name of a stranger's leads nowhere else
+    (tmp_path / "secret.pkl").write_bytes(file.read_bytes())
+    for features in (tmp_path / "features", Path(f"clip_states={tmp_path / 'features'}")):
+        (rejected,) = read(write(tmp_path, {"chat.json": rows}), "train", [tmp_path / "chat.json", features])
+        assert isinstance(rejected, Rejected)
+        assert "no video file '../secret'" in rejected.reason
 
 
 def test_damaged_rows_are_named_and_others_kept(tmp_path: Path) -> None:

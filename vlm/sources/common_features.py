@@ -97,6 +97,8 @@ class TensorFile:
         """The members of one video that are there."""
         if self.stored is None:
             (name,) = self.tensors
+            if not is_bare(video):
+                return {}
             files = (self.place / f"{video}{ending}" for ending in _FOLDER_ENDINGS)
             return next(({f"{name}.npy": file} for file in files if file.is_file()), {})
         return {
@@ -107,6 +109,11 @@ class TensorFile:
 
 
 _FOLDER_ENDINGS = (".npy", ".pkl")  # of one array each
+
+
+def is_bare(video: str) -> bool:
+    """Whether a name of a stranger's can be that of a file in a folder, and of none elsewhere."""
+    return video not in ("", ".", "..") and not set(video) & {"/", "\\", "\0"}
 
 
 def open_tensor_files(given: Sequence[str]) -> list[TensorFile]:
@@ -182,9 +189,13 @@ class GivenFeatures:
 
 
 def take_features(annotations: Sequence[Path]) -> tuple[list[Path], GivenFeatures]:
-    """(the other annotations, the features). UserError: a file cannot be read, or two hold features of one name."""
-    others = [path for path in annotations if not is_features(path) or path.is_dir()]
-    files = [path for path in annotations if path not in others]
-    named = [file for file in files if read_settings(file).get("tensors", {}).keys() - {"features"}]
+    """(the other annotations, the features: files, or NAME=FOLDER).
+
+    UserError: a file cannot be read, or two hold features of one name.
+    """
+    folders = [path for path in annotations if re.match(r"[a-z0-9_]+=", str(path)) and not path.exists()]
+    others = [path for path in annotations if path not in folders and (not is_features(path) or path.is_dir())]
+    files = [path for path in annotations if path not in (*others, *folders)]
+    named = [file for file in files if read_settings(file).get("tensors", {}).keys() - {"features"}] + folders
     frames = open_features([file for file in files if file not in named])
     return others, GivenFeatures(frames=frames, tensors=tuple(open_tensor_files([str(file) for file in named])))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.sources.common import VideoFinder
-from vlm.sources.common_features import GivenFeatures
+from vlm.sources.common_features import GivenFeatures, is_bare
 from vlm.types import Rejected, Sample
 
 ARRAYS = (".npy", ".pkl")
@@ -38,7 +38,7 @@ class ArrayFolder:
         self.name = folder.name if folder.name.startswith("clip_") else "clip_states" if every else "clip_pooled"
 
     def add_to(self, sample: Sample, names: Sequence[str]) -> None:
-        files = (self.folder / f"{name}{suffix}" for name in names for suffix in ARRAYS)
+        files = (self.folder / f"{name}{suffix}" for name in names if is_bare(name) for suffix in ARRAYS)
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             sample.warnings += (f"no features of video {sample.key!r} in {self.folder}",)

@@ -349,7 +349,7 @@ def test_what_cannot_be_opened(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "old.pth").touch()
     with pytest.raises(UserError, match=r"convert|holds no|cannot"):
         opened(folder, source=tmp_path / "old.pth")
-    for name in ("vit_llama.debug", "video_llama.debug_gebc"):
+    for name in ("vit_llama.debug", "video_llama.debug_gebc", "vamos.nextqa_cap"):
         with pytest.raises(UserError, match="no talking with this recipe"):
             open_model(load(name), name, None, device=CPU)
 

@@ -333,11 +333,16 @@ class ChatModel:
 
 
 def check_conversations(recipe: Recipe) -> None:
-    """UserError where a recipe's inputs hold no conversations."""
+    """UserError where a recipe's inputs hold no conversations, or see no video."""
     if not hasattr(recipe.inputs, "converse"):
         raise UserError(
             f"there is no talking with this recipe: its inputs ({type(recipe.inputs).__name__}) hold no conversations. "
             "Recipes to talk with: video_chatgpt.*, video_llama.* (but gebc_*), vamos.*"
+        )
+    if not getattr(recipe.inputs, "use_video", True):
+        raise UserError(
+            "there is no talking with this recipe: inputs.use_video is false, so it reads captions alone and sees no "
+            "video; take one that sees frames (…_vis, …_vis_cap)"
         )
 
 

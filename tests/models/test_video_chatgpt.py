@@ -418,6 +418,7 @@ def _only(out: Tensor, word: int) -> Tensor:
         ({"num_video_tokens": 0}, r"model\.num_video_tokens is 0"),
         ({"train_also": ("head",)}, r"no part is called 'head'"),
         ({"init_from": "a", "projection_from": "b"}, "the latter has a projector too"),
+        ({"fusion_scale": float("nan")}, "model.fusion_scale is nan; it must be a number"),
     ],
 )
 def test_settings_that_contradict(changes: dict[str, Any], match: str) -> None:

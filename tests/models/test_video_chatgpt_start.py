@@ -47,6 +47,24 @@ def test_what_is_refused(tmp_path: Path, base: Path) -> None:
         files.config_for(base, frame_dim=5).build().take_published(tmp_path / "a.bin")
     with pytest.raises(UserError, match=r"layers\.0\..* in the file is not that of model.llama.path"):
         files.config_for(base).build().take_published(tmp_path / "c.bin")
+    good, rows = files.adapter(base), "model.embed_tokens.weight"
+    weight = "model.mm_projector.weight"
+    for change, said in (
+        ({rows: good[rows][:-3]}, "its embedding has 30 rows, but .* has 33"),  # words, which are no marks
+        ({rows: torch.cat([good[rows], good[rows][:2]])}, "its embedding has 35 rows"),
+        ({weight: good[weight] / 0}, r"mm_projector\.weight is no matrix of finite numbers"),
+        ({weight: good[weight].long()}, "no matrix of finite numbers .*int64"),
+        ({weight: good[weight].to_sparse()}, "no matrix of finite numbers .*sparse"),
+    ):
+        torch.save(good | change, tmp_path / "d.bin")
+        model = files.config_for(base).build()
+        before = model.mm_projector.bias.detach().clone()
+        with pytest.raises(UserError, match=said):
+            model.take_published(tmp_path / "d.bin")
+        assert torch.equal(model.mm_projector.bias, before)
+        if weight in change:
+            with pytest.raises(UserError, match=said):
+                files.config_for(base, projection_from=tmp_path / "d.bin").build()
     torch.manual_seed(1)
     LlamaForCausalLM(files.llama()).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"embed_tokens.weight in the file is not that of"):

@@ -206,7 +206,21 @@ def test_rows_of_several_tasks_do_not_go_together(
             read_predictions(tmp_path / "predictions.jsonl")
 
 
-@pytest.mark.parametrize(("inputs", "says"), [(Nothing, "clip0 has no segments"), (Unknown, "clip0: it is not known")])
+class Elsewhere(Timed):
+    """Labels of another, longer video."""
+
+    def asks(self, record: Record) -> tuple[Ask, ...]:
+        return tuple(ask._replace(segments=((record.num_frames, 99, "red"),)) for ask in super().asks(record))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        (Nothing, "clip0 has no segments"),
+        (Unknown, "clip0: it is not known"),
+        (Elsewhere, "clip0: its segments begin at frame .* labels of another video"),
+    ],
+)
 def test_what_cannot_be_scored_stops_the_evaluation(
     shards: Path, tmp_path: Path, inputs: type[Timed], says: str
 ) -> None:

@@ -179,6 +179,11 @@ def test_another_language_model_is_noticed(tmp_path: Path, base: Path, capsys: p
     said = r.refusal(capsys, tmp_path / "a.bin", tmp_path / "o", *IN, "--base", tmp_path / "other")
     assert "model.embed_tokens.weight in the file is not that of" in said
     assert "trained for another language model" in said
+    state = adapter(base)
+    rows = state["model.embed_tokens.weight"]
+    torch.save(state | {"model.embed_tokens.weight": torch.cat([rows, rows[:1]])}, tmp_path / "more.bin")
+    said = r.refusal(capsys, tmp_path / "more.bin", tmp_path / "o", *IN, "--base", str(base))
+    assert "its embedding has 34 rows, but that of" in said
 
 
 def test_what_is_refused(

@@ -16,6 +16,7 @@ Letters: V videos, N places of a video, Q states of a place, D their width, S to
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from vlm.models.causal import CausalSystem
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.system import Cost, check_same
 from vlm.models.trained import start_from
+from vlm.models.video_chatgpt_files import check_sound
 from vlm.models.video_chatgpt_parts import add_words, encodings, owners, with_marks
 from vlm.models.video_chatgpt_start import put_published
 from vlm.nn.llama_layers import Additions
@@ -84,6 +86,8 @@ class VideoChatGptConfig:
         for name in ("frame_tokens", "frame_dim", "num_video_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if not math.isfinite(self.fusion_scale):
+            raise ValueError(f"model.fusion_scale is {self.fusion_scale}; it must be a number")
         if self.frame_tokens > 1 and not self.fusion:
             raise ValueError(
                 f"model.frame_tokens is {self.frame_tokens}, but model.fusion is false: the last state alone would be "
@@ -200,10 +204,12 @@ class VideoChatGpt(CausalSystem):
             f"model.projection_from={file} and a projector from model.frame_dim={self.config.frame_dim} to a LLaMA of "
             f"width {self.config.llama.dim}"
         )
+        check_sound(tensors, f"model.projection_from={file}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
             if self.config.marks and (rows := self._marks_of(file)) is not None:
+                check_sound({"the rows of the marks": rows}, f"model.projection_from={file}")
                 self.video_marks.copy_(rows)
 
     def take_published(self, file: Path) -> str:

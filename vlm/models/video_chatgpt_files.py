@@ -69,6 +69,16 @@ def read(path: Path, key: str | None) -> Model:
     return Model(kind=VIDEO_CHATGPT, tensors=tensors, source=source, dropped=dropped, unused=aside(tensors))
 
 
+def check_sound(tensors: Mapping[str, Tensor], where: str) -> None:
+    """UserError where weights that are to be used are none: whole numbers, sparse, or not finite."""
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise UserError(
+                f"{where}: {name} is no matrix of finite numbers ({tensor.layout}, {tensor.dtype}), so all that is "
+                "written would be noise: the file is damaged, or its training came to nothing"
+            )
+
+
 def aside(tensors: Mapping[str, Any]) -> frozenset[str]:
     """Names of what is kept for the way back alone."""
     return frozenset(name for name in tensors if name.startswith(ASIDE))

@@ -169,6 +169,11 @@ def _compare_frozen(model: Model, loaders: Mapping[str, Loader], words: int, wis
         theirs = model.tensors[name]
         ours = loaders[f"llm.{name.removeprefix(ASIDE)}"]()
         if name == ROWS:
+            if len(theirs) != words + 1:  # <vid_patch> is the last of them
+                raise UserError(
+                    f"{wish.subject}: its embedding has {len(theirs) + 2} rows, but that of {where} with three words "
+                    f"of videos has {words + 3}, so it is not known which rows the marks are"
+                )
             theirs = theirs[:words]
         if theirs.shape != ours.shape or not torch.equal(theirs, ours.to(theirs.dtype)):
             raise UserError(

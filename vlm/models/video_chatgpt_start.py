@@ -27,6 +27,12 @@ def put_published(model: System, words: int, file: Path) -> str:
     own = dict(model.named_parameters())
     want = {name: p for name, p in own.items() if p.requires_grad}
     beside = {}
+    rows = found.tensors.get(video_chatgpt_files.ROWS)
+    if rows is not None and len(rows) != words + 1:  # <vid_patch> is the last of them
+        raise UserError(
+            f"{file}: its embedding has {len(rows) + 2} rows, but that of the language model with the three words of "
+            f"videos has {words + 3}, so it is not known which rows the marks are; model.llama.vocab_size is {words}"
+        )
     for name, tensor in found.tensors.items():
         if name == video_chatgpt_files.ROWS:
             beside["llm.model.embed_tokens.weight"] = tensor[:words]
@@ -42,6 +48,7 @@ def put_published(model: System, words: int, file: Path) -> str:
             )
     held = {name: t for name, t in found.tensors.items() if name in want or not (name in own or name in found.unused)}
     diff_keys(held, want).require(f"{file} as the trained part of this recipe's model")
+    video_chatgpt_files.check_sound({name: held[name] for name in want}, str(file))
     with torch.no_grad():
         for name, target in want.items():
             target.copy_(held[name])

@@ -171,6 +171,11 @@ class Segments(Texts):
                 f"{ask.key}: it is not known how many frames its video has, so times say nothing; make its shards with "
                 "their videos checked"
             )
+        if not any(start < ask.num_frames for start, _, _ in ask.segments):
+            return UserError(
+                f"{ask.key}: its segments begin at frame {ask.segments[0][0]}, but its video has {ask.num_frames}: "
+                "these are labels of another video, and to say nothing would be right"
+            )
         return None
 
     def row(self, item: TestItem, ask: Ask, own: dict[str, str]) -> Segmentation:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,10 @@ from talking import RECIPE, overrides, write_clip, write_talker  # noqa: E402
 
 from vlm.recipe import load  # noqa: E402
 from vlm.run.chat import Settings, Turn  # noqa: E402
+from vlm.run.chat_examples import Examples  # noqa: E402
+from vlm.run.chat_handlers import Page  # noqa: E402
 from vlm.run.chat_open import open_model  # noqa: E402
+from vlm.run.chat_page import build  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -390,6 +394,31 @@ def test_only_this_machine_reaches_it(server: Server) -> None:
     ]
     assert places == [f"0100007F:{port:04X}"]
     assert not any("gradio.live" in line for line in server.lines)
+
+
+def test_who_leaves_takes_all_along(
+    browser: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    recipe = load(RECIPE, overrides(folder, *LENGTH))
+    model = open_model(recipe, RECIPE, folder / "run", device=torch.device("cpu"), say=lambda text: None)
+    page = Page(model=model, title="t", examples=Examples(), settings=Settings(max_new_tokens=9), uploads=tmp_path)
+    blocks, handlers = build(page)
+    _, address, _ = blocks.queue().launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1")
+    try:
+        person = Person(browser, SimpleNamespace(address=address))  # type: ignore[arg-type]
+        person.choose(folder / "clips" / "red.mp4")
+        person.ask("What is it?")
+        person.told(1)
+        assert (len(handlers.sessions), len(model.videos)) == (1, 1)
+        person.context.close()
+        until = time.monotonic() + 60
+        while len(handlers.sessions) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert (len(handlers.sessions), len(model.videos)) == (0, 0)
+        assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
+    finally:
+        blocks.close(verbose=False)
 
 
 # The terminal --------------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
                         help="of a video's first question, each other (default: 12 2; 50Salads: 150 90)")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.repeats is not None and min(options.repeats) < 0:
+        parser.error("--repeats: a number of copies is 0 or more")
     if options.form == "instruct":
         given = [name for name in ("frames", "without", "repeats") if getattr(options, name) is not None]
         if given:

@@ -93,6 +93,7 @@ def test_labels_of_frames_go_before_the_original(tmp_path: Path) -> None:
         (("399 300 cut_tomato_core",), "row 1: no frame of the video is between ticks 399 and 300"),
         (("310 320 cut_tomato_core",), "row 1: no frame of the video is between ticks 310 and 320"),
         (("800 5000 cut_tomato_core",), "row 1: no frame of the video is between ticks 800 and 5000"),
+        ((f"1 {'9' * 5000} cut_tomato_core",), "is not of the form `start end label`"),
         (("1 2 serve_salad",), "has no action of a phase prep, core, post"),
     ],
 )
@@ -113,6 +114,9 @@ def test_damaged_ticks_and_missing_files_are_named(tmp_path: Path) -> None:
     assert f"{tmp_path / TICKS} row 3: '100 c' does not begin with a tick later than the row before" in reason()
     original(tmp_path, ticks="0 a\nb\n")
     assert "row 2: 'b' does not begin with a tick" in reason()
+    for odd in ("²", "9" * 5000):
+        original(tmp_path, ticks=f"0 a\n{odd} b\n")
+        assert f"row 2: '{odd[:9]}" in reason()
     (tmp_path / TICKS).write_text("")
     assert f"{tmp_path / TICKS} is empty" in reason()
     (tmp_path / TICKS).unlink()

@@ -23,6 +23,7 @@ BREAKFAST_REPEATS = (12, 2)  # of the first question of a video, and of each oth
 SALADS_REPEATS = (150, 90)
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_LARGEST = 1e9
 _VIDEOS = Path("Videos") / "BreakfastII_15fps_qvga_sync"
 
 
@@ -51,6 +52,8 @@ def divided(text: str, divider: int) -> str:
     numbers = [float(number) for number in _NUMBER.findall(text)]
     if not numbers:
         return text
+    if max(numbers) > _LARGEST:
+        raise UserError(f"{text!r:.60} tells a number that is no frame of a video")
     for number in (numbers[0], numbers[1] if len(numbers) > 1 else numbers[0]):
         text = text.replace(str(int(number)), str(round(number / divider)))
     return text
@@ -102,6 +105,8 @@ def breakfast_exchanges(
         place = file.relative_to(folder)
         if f"/{place.as_posix()}".removesuffix(".labels") in without:
             continue
+        if "_" not in file.name.partition(".")[0] or not file.is_file():
+            raise UserError(f"{file}: is no file of questions such as P03/cam01/P03_tea.avi.labels")
         video = f"{file.name.partition('.')[0]}_{file.parent.name}"
         segments = root / _VIDEOS / place
         if not segments.exists():

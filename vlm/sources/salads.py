@@ -41,7 +41,8 @@ _FOLDERS = ("groundTruth", "activityAnnotation", "ann-ts/activityAnnotation")
 _ORIGINAL = "-activityAnnotation"
 _PHASES = ("prep", "core", "post")
 _HIGH = ("cut_and_mix_ingredients", "prepare_dressing", "serve_salad")  # the highest level, left out
-_ROW = re.compile(r"(\d+)\s+(\d+)\s+(\S+)")
+_ROW = re.compile(r"([0-9]{1,18})\s+([0-9]{1,18})\s+(\S+)")
+_TICK = re.compile(r"[0-9]{1,18}")
 _START, _END = ACTIONS[-2:]
 FPS = 30.0
 ACTIVITY = "making salads"  # as the published question for segments says it
@@ -190,7 +191,7 @@ def _read_ticks(file: Path) -> list[int]:
     ticks: list[int] = []
     for number, line in enumerate(read_text(file).splitlines(), 1):
         first = line.split()[0] if line.strip() else ""
-        if not first.isdigit() or (ticks and int(first) <= ticks[-1]):
+        if _TICK.fullmatch(first) is None or (ticks and int(first) <= ticks[-1]):
             raise BadCell(f"{file} row {number}: {line!r:.60} does not begin with a tick later than the row before")
         ticks.append(int(first))
     return ticks

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vlm.files import write_json
@@ -66,9 +66,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group.add_argument("--again", action="store_true", help="ask again about items that stayed unjudged")
     group = parser.add_argument_group("for other judges")
     group.add_argument("--export", type=Path, metavar="FILE", help="write the predictions in a published form instead")
-    group.add_argument("--form", choices=("general", "consistency", "qa"), default="general",
-                       help="which form (default: general)")  # fmt: skip
+    group.add_argument("--form", choices=("general", "consistency", "qa"), help="which form (default: general)")
     options = parser.parse_args(arguments)
+    for name, without in _said_in_vain(parser, options):
+        parser.error(f"--{name.replace('_', '-')} says nothing {without}: leave it out")
+    options.form = options.form or "general"
     if not options.dry_run and options.export is None:
         if (options.recorded is None) == (options.endpoint is None):
             parser.error("give --endpoint and --model, or --recorded, or --dry-run")
@@ -81,6 +83,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.retries < 0:
         parser.error("--retries must be 0 or more")
     return options
+
+
+_OF_REQUESTS = ("key_env", "temperature", "max_tokens", "no_json_mode", "per_minute", "timeout", "retries")
+_OF_JUDGING = ("endpoint", "recorded", "limit", "attempts", "threads", "again", "out", *_OF_REQUESTS)
+
+
+def _said_in_vain(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(option, without what) of each that was given and would be passed over."""
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    if options.form is not None and options.export is None:
+        yield "form", "without --export"
+    if options.export is not None:
+        yield from ((name, "of an --export") for name in (*_OF_JUDGING, "dry_run") if name in given)
+        if options.aspect is not None and len(options.aspect) > 1:
+            yield "aspect with several names", "of an --export"
+    elif options.recorded is not None:
+        yield from ((name, "of recorded replies") for name in _OF_REQUESTS if name in given)
 
 
 def _count(text: str) -> int:
@@ -129,7 +148,7 @@ def works_of(what: Path, aspects: Sequence[str] | None, kind: str | None) -> lis
             raise UserError(f"{path}: does not say what its texts are to be judged by: give --aspect")
         aspects = [name for one in KINDS if one in kinds for name in KINDS[one]]
     works = []
-    for name in aspects:
+    for name in dict.fromkeys(aspects):
         own = [row for row in writings if not by_kind or name in KINDS[row.kind]]
         items, without = items_of_run(own, pairs=ASPECTS[name].asks_twice)
         if not items:
@@ -160,6 +179,32 @@ def _works_of_file(path: Path, aspects: Sequence[str] | None, kind: str | None) 
         else:
             raise UserError(f"{path}: does not say what its answers are to be judged by: give --aspect")
     return [Work(aspect=ASPECTS[name], items=tuple(items), file=path) for name in dict.fromkeys(aspects)]
+
+
+def _exported_aspect(options: argparse.Namespace) -> str:
+    """An aspect by which the texts that are to be written elsewhere are judged.
+
+    Raises:
+        UserError: they are of several kinds, which published judges read from a file each.
+    """
+    if options.aspect is not None:
+        return options.aspect[0]
+    if options.form == "consistency":
+        return "consistency"
+    path = options.what / "predictions.jsonl" if options.what.is_dir() else options.what
+    if path.suffix != ".jsonl" or not _is_of_run(path):
+        return "qa"
+    rows = [row for row in read_predictions(path) if isinstance(row, Writing)]
+    kinds = {row.kind for row in rows if options.kind in (None, row.kind)}
+    if not kinds or not kinds <= KINDS.keys():
+        return "qa"
+    asked_once = [kind for kind in KINDS if kind in kinds and kind != "consistency"]
+    if len(asked_once) != 1:
+        raise UserError(
+            f"{path}: its texts are of the kinds {', '.join(sorted(kinds))}, and the form {options.form} holds one: "
+            "give --kind, or --form consistency"
+        )
+    return KINDS[asked_once[0]][0]
 
 
 def folder_of(options: argparse.Namespace) -> Path:
@@ -242,8 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         if options.export is not None:
-            name = options.aspect[0] if options.aspect else "consistency" if options.form == "consistency" else "qa"
-            works = works_of(options.what, [name], options.kind)
+            works = works_of(options.what, [_exported_aspect(options)], options.kind)
             export(works[0].items, options.export, options.form)
             return 0
         works = works_of(options.what, options.aspect, options.kind)

@@ -162,7 +162,7 @@ def test_dry_run_asks_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for aspect in ("detail", "temporal"):
         for part in prompts_of(ASPECTS[aspect], items[0]):
             assert part in said
-    assert tool.main([str(run), "--aspect", "detail", "--dry-run", "--limit", "2"]) == 0
+    assert tool.main([str(run), "--aspect", "detail", "detail", "--dry-run", "--limit", "2"]) == 0  # asked once
     assert "2 requests, roughly" in capsys.readouterr().out
     assert sorted(path.name for path in run.iterdir()) == ["predictions.jsonl"]
     hostile = [{"text": "\ud800 \x1b[31mred Straße 猫", "references": ["A cup."]}]
@@ -186,6 +186,23 @@ def test_export(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["general", "temporal", "qa"])
+def test_export_of_kinds(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As tests of the published questions leave them."""
+    rows = [{**TEXTS[0], "kind": kind}, {**TEXTS[1], "kind": "consistency", "video": "c", "id": "c/0/1"}]
+    rows += [{**TEXTS[1], "kind": "consistency", "video": "c", "id": "c/0/2"}]
+    run, file = write_run(tmp_path / "run", rows), tmp_path / "pred.json"
+    assert tool.main([str(run), "--export", str(file)]) == 0
+    assert [row["video_name"] for row in json.loads(file.read_text())] == ["v0"]
+    assert tool.main([str(run), "--export", str(file), "--form", "consistency"]) == 0
+    assert [row["video_name"] for row in json.loads(file.read_text())] == ["c"]
+    several = [{**TEXTS[0], "kind": kind} for kind in ("general", "temporal")]
+    assert tool.main([str(write_run(run, several)), "--export", str(file)]) == 2
+    assert "give --kind" in capsys.readouterr().err
+    assert tool.main([str(run), "--export", str(file), "--kind", "temporal"]) == 0
+    assert [row["video_name"] for row in json.loads(file.read_text())] == ["v1"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -197,6 +214,12 @@ def test_export(tmp_path: Path) -> None:
         (["--endpoint", "http://h", "--model", "m", "--timeout", "0"], "above 0"),
         (["--endpoint", "http://h", "--model", "m", "--retries", "-1"], "0 or more"),
         (["--dry-run", "--aspect", "beauty"], "invalid choice"),
+        (["--dry-run", "--form", "qa"], "--form says nothing without --export"),
+        (["--export", "f", "--limit", "3"], "--limit says nothing of an --export"),
+        (["--export", "f", "--recorded", "g"], "--recorded says nothing of an --export"),
+        (["--export", "f", "--aspect", "qa", "detail"], "--aspect with several names says nothing of an --export"),
+        (["--recorded", "f", "--temperature", "1"], "--temperature says nothing of recorded replies"),
+        (["--recorded", "f", "--no-json-mode"], "--no-json-mode says nothing of recorded replies"),
     ],
 )
 def test_wrong_words(words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

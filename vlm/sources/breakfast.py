@@ -82,7 +82,7 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
             missing = sample.warnings[0] if sample.video is None else ""
             features.add_to(sample, FPS)
             if missing and not sample.members:
-                raise BadCell(missing)
+                raise BadCell(f"{missing}; features in its place are given with --annotations")
             if missing:  # the times of questions are parts of a whole
                 sample.annotation["num_frames"] = sample.annotation["segments"][-1]["end"]
             yield sample

@@ -79,7 +79,7 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
             )
             features.add_to(sample, FPS)
             if isinstance(video, str) and not sample.members:
-                raise BadCell(video)
+                raise BadCell(f"{video}; features in its place are given with --annotations")
             if isinstance(video, str):  # the times of questions are parts of a whole
                 sample.annotation["num_frames"] = segments[-1]["end"]
         except BadCell as error:

@@ -325,6 +325,7 @@ def test_features_stand_for_a_video(tmp_path: Path) -> None:
     assert len(sample.warnings) == 1
     assert f"no video of '{NAME}'" in sample.warnings[0]
     assert "no video of 'P03_cam02_P03_tea'" in rejected.reason
+    assert "features in its place are given with --annotations" in rejected.reason
     (tmp_path / "arrays").mkdir()
     np.save(tmp_path / "arrays" / f"{NAME}.npy", np.zeros((4, 2, 3), np.float16))
     sample, rejected = read(root, "all", [Path(f"clip_states={tmp_path / 'arrays'}")])

@@ -170,3 +170,23 @@ def test_rows_of_strangers_are_no_end(tmp_path: Path) -> None:
     (root / "train.json").write_text(f'[{{"video_id": {huge}, "q": "?", "a": "!"}}]')
     with pytest.raises(UserError, match="a number of thousands of digits"):
         list(read(root, "train"))
+
+
+def test_answers_that_list_no_segments_keep_their_frames(tmp_path: Path) -> None:
+    """They are in frames as those that do, so nothing of them is multiplied."""
+    name, asks = "P03_tea_cam01", ALL_SEGMENTS.format(activity="tea")
+    answers = ["1-30 SIL\n30-x take_cup", "1-400 SIL\n400-900 take_cup", "1-500 SIL"]
+    rows = [{"video_id": name, "q": asks, "a": answer} for answer in answers]
+    rows.append({"video_id": name, "q": "What is between 100 and 200?", "a": "A cup."})
+    root = write(tmp_path, {"P03/cam01/P03_tea.avi": "v", "train.json": rows, "frames.json": {name: 2001}})
+    sample = only(root, root / "train.json", root / "frames.json")
+    assert [(row["kind"], row["answer"]) for row in sample.annotation["chat"]] == [
+        ("segments", "<t:0>-<t:400> SIL\n<t:400>-<t:900> take cup"),
+        ("written", answers[0]),
+        ("written", answers[2]),
+        ("written", "A cup."),
+    ]
+    assert sample.annotation["chat"][-1]["question"] == "What is between <t:199> and <t:400>?"
+    first, second = sample.warnings
+    assert "not all of its lines are segments" in first
+    assert "there is another such answer" in second

@@ -123,6 +123,7 @@ def _finish(video: AskedVideo, frames: Mapping[str, int]) -> None:
     """Copies and segments of a video's rows, and the times in them."""
     kept = list({(row["question"], row["answer"]): row for row in video.rows}.values())
     segments: list[Segment] = []
+    in_frames: list[dict[str, str]] = []  # rows whose numbers nobody divided
     for row in kept:
         found = _ASKS.fullmatch(row["question"])
         made = _segments(row["answer"]) if found and not segments else []
@@ -130,6 +131,10 @@ def _finish(video: AskedVideo, frames: Mapping[str, int]) -> None:
             segments = made
             row["kind"], row["answer"] = "segments", lines_of(segments)
             video.annotation |= {"name": found[1], "segments": segments}
+        elif found:
+            in_frames.append(row)
+            why = "there is another such answer" if segments else "not all of its lines are segments of known actions"
+            video.warnings.append(f"{video.where}: {row['answer']!r:.60} is taken as words alone: {why}")
     kept.sort(key=lambda row: row["kind"] != "segments")
     bare = video.name.removesuffix("_all")
     number = frames.get(bare, frames.get(video.name))
@@ -138,7 +143,7 @@ def _finish(video: AskedVideo, frames: Mapping[str, int]) -> None:
         divider = breakfast_divider(number) if _FORK.fullmatch(bare) else salads_divider(number)
         ends = {round(part["end"] / divider): part["end"] for part in segments}
         for row in kept:
-            if row["kind"] == "written":
+            if row["kind"] == "written" and row not in in_frames:
                 row["question"] = with_times(row["question"], ends, divider)
                 row["answer"] = with_times(row["answer"], ends, divider)
     elif segments and any(re.search(r"\d", row["question"] + row["answer"]) for row in kept[1:]):

@@ -184,6 +184,26 @@ def test_other_things_that_are_no_video(tmp_path: Path) -> None:
         inspect(tmp_path / "nothing.mp4")
 
 
+def test_a_size_that_begins_with_a_line_end_is_no_text() -> None:
+    """Bytes 4 to 7 of an .avi are its size: of one in 128 they begin as text does, RIFF and a line end."""
+    data = encode(pictures(9), container="avi", codec="mpeg4")
+    size = len(data) - 8
+    padding = (0x0A - size - 8) % 256  # a chunk of junk behind all
+    data += b"JUNK" + padding.to_bytes(4, "little") + bytes(padding)
+    data = data[:4] + (len(data) - 8).to_bytes(4, "little") + data[8:]
+    assert data[:5] == b"RIFF\n"
+    assert b"\n" not in data[5:4096]
+    assert inspect(data).num_frames == 9
+
+
+def test_a_list_of_other_files_opens_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret.mp4").write_bytes(encode(pictures(9)))
+    monkeypatch.chdir(tmp_path)
+    for data in (b"ffconcat version 1.0\nfile secret.mp4\n", b"ffconcat version 1.0\n#\1\nfile secret.mp4\n#\1\n"):
+        with pytest.raises(DecodeError):
+            inspect(data)
+
+
 def test_the_default_stream_is_taken() -> None:
     """Two video streams, the second marked as the default one: the first is not shown by a player."""
     file = io.BytesIO()

@@ -50,6 +50,8 @@ def _refuse_text(head: bytes) -> None:
     """Text saved under a video's name: also playlists, which FFmpeg would follow to other files."""
     if not head:
         raise DecodeError("empty file (0 bytes)")
+    if container_extension(head) is not None:
+        return  # "RIFF\n…": a size may begin with a line end
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:512].lower()
     if start.startswith(b"version https://git-lfs"):
         raise DecodeError("not a video: a git-lfs pointer (text); the file itself was never fetched (git lfs pull)")
@@ -75,7 +77,8 @@ def opened(data: Source) -> Iterator[tuple[Any, Any]]:
         file.seek(0)
         _refuse_text(head)
         try:
-            container = av.open(file, mode="r")
+            # no protocol at all: a list of other files, however it is disguised, opens none of them
+            container = av.open(file, mode="r", options={"protocol_whitelist": "none"})
         except PYAV_ERRORS as error:
             if container_extension(head) in ("mp4", "mov", "3gp") and not _contains(data, b"moov"):
                 raise DecodeError('cut short: an mp4 without its index ("moov"), which follows the frames') from error

@@ -45,7 +45,7 @@ from vlm.models.encoders import Chosen
 from vlm.models.eva import TowerConfig
 from vlm.models.frame_encoders import States, clip_sizes
 from vlm.run.encode import Work
-from vlm.run.extract import Listing, extract, list_videos, sample_frames
+from vlm.run.extract import Listing, extract, list_source, sample_frames
 from vlm.run.extract_shards import extract_shards
 from vlm.run.progress import ProgressLine
 from vlm.sources.common_loading import available_sources, load_source
@@ -184,17 +184,6 @@ def _is_clip(options: argparse.Namespace) -> bool:
     return options.encoder not in (DEMO, TOWER) and not options.encoder.endswith(".safetensors")
 
 
-def list_source(options: argparse.Namespace) -> Listing:
-    items = load_source(options.source).read(options.root, options.split, options.annotations)
-    listing = list_videos(items)
-    if not listing.videos:
-        reasons = "; ".join(row.reason for row in listing.rejected[:3])
-        raise UserError(
-            f"{options.source}, split {options.split}: no video is found ({reasons or 'nothing is listed'})"
-        )
-    return listing
-
-
 # Encoders ------------------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +299,7 @@ def _work(options: argparse.Namespace, chosen: Chosen, world: World) -> Work:
 
 
 def _to_file(options: argparse.Namespace, world: World, line: ProgressLine) -> str:
-    listing = from_main(world, partial(list_source, options))
+    listing = from_main(world, partial(list_source, options.source, options.root, options.split, options.annotations))
     chosen = open_encoder(options, listing, None, world)
     if options.pth is not None and chosen.names != FEATURES:
         raise UserError(f"--pth {options.pth}: published files hold features of frames alone, not {chosen.names[0]}")

@@ -125,6 +125,28 @@ def test_pooled_layout_of_a_tree(clip: Path, tree: Path, tmp_path: Path, extract
         close(found[100:], patches.mean(0))
 
 
+@pytest.mark.parametrize("source", ["breakfast", "salads"])
+def test_a_tree_without_labels(clip: Path, tree: Path, tmp_path: Path, extract: Extract, source: str) -> None:
+    """Features need none: all videos are listed, under the keys that they have with labels."""
+    bare = tmp_path / "bare"
+    for file in (tree / source).rglob("*.avi"):
+        place = bare / file.relative_to(tree / source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())
+        if "_ch1" in place.name:
+            place.with_name(place.name.replace("_ch1", "_ch0")).write_bytes(b"the other channel")
+    made = []
+    for root in (tree / source, bare):
+        out = tmp_path / f"{root.name}.safetensors"
+        command = (source, "--root", root, "--out", out, "--encoder", clip, "--layout", "breakfast", "--frames", 4)
+        code, said = extract(*command, "--split", "all")
+        assert code == 0, said
+        made.append({name: tensor.tolist() for name, tensor in tensors(out).items()})
+    assert made[0] == made[1]
+    assert len(made[0]) == len(FRAMES if source == "breakfast" else SALADS)
+    assert extract(*command, "--split", "train.split1")[0] == 2, "no list and no labels say which they are"
+
+
 @pytest.mark.parametrize(
     ("layers", "shapes"),
     [

@@ -21,6 +21,8 @@ from vlm.data.frame_pool import Frames, Reader, read_frames
 from vlm.data.frame_readers import Listed
 from vlm.distributed import World, from_main, gather_objects
 from vlm.run.encode import Encoded, Work, encode
+from vlm.sources.common_loading import load_source
+from vlm.sources.common_segments import ALL
 from vlm.types import Rejected, Sample, UserError
 
 VIDEOS_A_PART = 256
@@ -50,6 +52,19 @@ def list_videos(items: Iterable[Sample | Rejected]) -> Listing:
         else:
             videos[item.key] = item.video
     return Listing(videos, rejected)
+
+
+def list_source(name: str, root: Path, split: str, annotations: Sequence[Path]) -> Listing:
+    """The videos of a split of a source. UserError: there is none."""
+    source = load_source(name)
+    bare = split == ALL and not annotations and hasattr(source, "unlabelled")
+    listing = list_videos(source.unlabelled(root) if bare else ())  # features need no labels
+    if not listing.videos:
+        listing = list_videos(source.read(root, split, annotations))
+    if not listing.videos:
+        reasons = "; ".join(row.reason for row in listing.rejected[:3])
+        raise UserError(f"{name}, split {split}: no video is found ({reasons or 'nothing is listed'})")
+    return listing
 
 
 def extract(

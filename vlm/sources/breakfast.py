@@ -48,6 +48,7 @@ _WRITTEN = ("Breakfast", "LLM/Breakfast/Breakfast", "LLM/Breakfast")
 _NAME = re.compile(r"P(\d+)_(cam\d+|webcam\d+|stereo)\d*_P\1_([a-z]+)")
 _SPLIT = re.compile(r"(train|test)\.split([1-4])")
 _SUFFIXES = (".avi", ".mp4")
+_BESIDE = "P*/*/P*.avi.labels"
 
 
 def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[Sample | Rejected]:
@@ -93,6 +94,22 @@ def read(root: Path, split: str, annotations: Sequence[Path] = ()) -> Iterator[S
 def notes(root: Path, split: str, annotations: Sequence[Path] = ()) -> dict[str, Any]:
     """What a user should know of a split as a whole: how much the fork's leaks."""
     return {"leak": leak_of(fork_split(root, annotations, _bases(root)))} if split in FORK_SPLITS else {}
+
+
+def unlabelled(root: Path) -> Iterator[Sample]:
+    """The videos of a tree that has no labels at all, for what needs none (features); else nothing."""
+    bases = _bases(root)
+    if any((root / folder).is_dir() for folder in _FOLDERS) or any(next(base.glob(_BESIDE), None) for base in bases):
+        return
+    files: dict[str, Path] = {}
+    for base in bases:
+        for suffix in reversed(_SUFFIXES):
+            for file in sorted(base.glob(f"P*/*/P*{suffix}")):  # of two channels ch1, as with labels
+                name = _name_of(file)
+                if (found := _NAME.fullmatch(name)) and found[3] in ACTIVITIES:
+                    files[name] = file
+    for name in sorted(files):
+        yield Sample(key=name, video=files[name], annotation={})
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +211,7 @@ def _listed(root: Path, split: str, tree: Tree, bases: Sequence[Path]) -> list[s
         )
     names = {file.stem for folder in tree.folders for file in folder.rglob("P*.txt")}
     for base in () if names else bases:
-        for file in base.glob("P*/*/P*.avi.labels"):
-            person, _, activity = re.sub(r"_ch\d", "", file.name.partition(".")[0]).partition("_")
-            camera = file.parent.name
-            names.add(f"{person}_{camera}{'01' if camera == 'stereo' else ''}_{person}_{activity}")
+        names |= {_name_of(file) for file in base.glob(_BESIDE)}
     if found is not None:
         test = TEST_PERSONS[int(found[2])]
         names = {name for name in names if (_person(name) in test) == (found[1] == "test")}
@@ -207,6 +221,13 @@ def _listed(root: Path, split: str, tree: Tree, bases: Sequence[Path]) -> list[s
             f"{split!r}: give their folder with --annotations"
         )
     return sorted(names)
+
+
+def _name_of(file: Path) -> str:
+    """MS-TCN's name of a video, by the path of its file or of that of its labels."""
+    person, _, activity = re.sub(r"_ch\d", "", file.name.partition(".")[0]).partition("_")
+    camera = file.parent.name
+    return f"{person}_{camera}{'01' if camera == 'stereo' else ''}_{person}_{activity}"
 
 
 def _person(name: str) -> int:

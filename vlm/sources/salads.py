@@ -42,6 +42,7 @@ _ORIGINAL = "-activityAnnotation"
 _PHASES = ("prep", "core", "post")
 _HIGH = ("cut_and_mix_ingredients", "prepare_dressing", "serve_salad")  # the highest level, left out
 _ROW = re.compile(r"([0-9]{1,18})\s+([0-9]{1,18})\s+(\S+)")
+_VIDEO = re.compile(r"rgb-\d\d-\d\.(avi|mp4)")
 _TICK = re.compile(r"[0-9]{1,18}")
 _START, _END = ACTIONS[-2:]
 FPS = 30.0
@@ -94,6 +95,20 @@ def notes(root: Path, split: str, annotations: Sequence[Path] = ()) -> dict[str,
         return {}
     others = [path for path in take_features(annotations)[0] if not _is_written(path)]
     return {"leak": salads_leak_of(_files(root, _open(root, split, others)))}
+
+
+def unlabelled(root: Path) -> Iterator[Sample | Rejected]:
+    """The videos of a tree that has no labels at all, for what needs none (features); else nothing."""
+    if any((root / folder).is_dir() for folder in _FOLDERS):
+        return
+    files: dict[str, Path] = {}
+    for file in sorted(root.rglob("rgb-*")):
+        if _VIDEO.fullmatch(file.name):
+            if file.stem in files:
+                yield Rejected(file.stem, f"the key is taken by {files[file.stem]}", str(file))
+                continue
+            files[file.stem] = file
+            yield Sample(key=file.stem, video=file, annotation={})
 
 
 def _open(root: Path, split: str, annotations: Sequence[Path]) -> Tree:

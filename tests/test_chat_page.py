@@ -431,8 +431,12 @@ def test_in_the_terminal(folder: Path, said: Any) -> None:
     lines = ["What is it?", "Where does it go?", "/temperature 1.5", "/regenerate", "/temperature warm", "/cheer",
              "/video README.md", "/clear", "/temperature 0", "/max_tokens 7", "What is it?", "/quit",
              "never"]  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.buffer.write(b"/cl\xffear\n")  # no text of any encoding
+    process.stdin.buffer.flush()
     printed, _ = process.communicate("\n".join(lines), timeout=120)
     assert process.returncode == 0, printed
+    assert "error: there is no command '/cl\N{REPLACEMENT CHARACTER}ear'" in printed
     first, second = said("red.mp4", lines[:2])
     assert "red.mp4: 2.0 s, 12 frames, 64 x 48\n" in printed
     assert f"\n{first}\n[The answer was cut off: max tokens is 40.]\n{second}\n" in printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import warnings
 from dataclasses import replace
@@ -20,6 +21,7 @@ from vlm.models.generation import GenerationConfig, generate
 from vlm.recipe import Recipe, load
 from vlm.run.chat import ChatModel, Settings, Turn
 from vlm.run.chat_open import open_model
+from vlm.run.chat_terminal import Terminal
 from vlm.run.chat_videos import Library, Seen
 from vlm.run.conversation import Conversation
 from vlm.types import Record, UserError
@@ -205,6 +207,29 @@ def test_a_conversation(model: ChatModel, red: Seen, blue: Seen) -> None:
     talk.look(blue)
     assert talk.turns == []
     assert talk.ask("What is it?", SHORT) != first
+
+
+def test_another_video_chosen_at_the_same_moment(model: ChatModel, red: Seen, blue: Seen) -> None:
+    """Between the question and its answer another video is chosen: nothing said of the one is read with the other."""
+    talk, other = Conversation(model, "a"), Conversation(model, "b")
+    talk.look(red)
+    talk.ask("What is it?", SHORT)
+    other.look(blue)
+
+    class Late:
+        """A lock that is had after the other video was."""
+
+        def acquire(self, blocking: bool) -> bool:
+            talk.key = blue.key
+            talk.turns.clear()
+            return True
+
+        def release(self) -> None:
+            pass
+
+    talk._busy = Late()  # type: ignore[assignment]
+    assert talk.ask("And then?", SHORT) == other.ask("And then?", SHORT)
+    assert talk.turns == other.turns
 
 
 def test_stopped_before_a_word_keeps_no_turn(model: ChatModel, red: Seen) -> None:
@@ -418,3 +443,35 @@ def np_bytes(values: torch.Tensor) -> bytes:
 
 def seed(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
+
+
+# The terminal --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/max_tokens " + "9" * 400, "error: max tokens a number beyond that: it must be at least 1, and at most"),
+        ("/max_tokens 0", "error: max tokens 0: it must be at least 1"),
+        ("/temperature nan", "error: temperature nan: it must be from 0"),
+        ("/video ~nobody_of_this_name/a.mp4", "there is no such user"),
+        ("/video a\0b", "cannot be read: embedded null byte"),
+        ("/video /dev/zero", "it is no file but a pipe or a device"),
+        ("/video .", "cannot be read: Is a directory"),
+    ],
+)
+def test_lines_that_cannot_be(model: ChatModel, folder: Path, line: str, message: str) -> None:
+    shown = io.StringIO()
+    Terminal(model, SHORT, io.StringIO(f"{line}\nWhat is it?\n"), shown).run(folder / "red.mp4")
+    assert message in shown.getvalue()
+    assert "cut off: max tokens is 24" in shown.getvalue(), "and goes on"
+    assert "\0" not in shown.getvalue()
+
+
+def test_a_file_whose_name_steers_the_terminal(model: ChatModel, folder: Path, tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b[31m.mp4"))
+    file.write_bytes((folder / "red.mp4").read_bytes())
+    shown = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    Terminal(model, SHORT, io.StringIO(""), shown).run(file)
+    assert b"[31m.mp4: 2.0 s" in shown.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"\x1b" not in shown.buffer.getvalue()  # type: ignore[attr-defined]

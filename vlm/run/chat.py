@@ -27,6 +27,7 @@ from vlm.run.chat_videos import MEMORY, Library, Seen, about, hash_file, picture
 from vlm.types import Batch, Example, Record, UserError
 
 MOST_CHARACTERS = 20_000  # of a question, before its tokens are counted
+MOST_TOKENS = 1_000_000  # of an answer; where the model reads fewer, so many
 LEAST_ROOM = 16  # tokens that are left for an answer, at the least
 
 Encode = Callable[[Path], Record]
@@ -53,8 +54,9 @@ class Settings:
             raise UserError(f"temperature {self.temperature:g}: it must be from 0 (no drawing) to 100")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p:g}: it must be above 0 and at most 1")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max tokens {self.max_new_tokens}: it must be at least 1")
+        if not 1 <= self.max_new_tokens <= MOST_TOKENS:
+            said = "a number beyond that" if self.max_new_tokens > MOST_TOKENS else self.max_new_tokens
+            raise UserError(f"max tokens {said}: it must be at least 1, and at most {MOST_TOKENS:,}")
 
 
 class Turn(NamedTuple):

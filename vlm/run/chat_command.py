@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,9 @@ def chat(options: argparse.Namespace, recipe: Recipe, open_encoder: OpenEncoder)
     )
     settings = settings_of(recipe)
     if options.video is not None:
+        for stream in (sys.stdin, sys.stdout):  # letters that the terminal's encoding does not know end nothing
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         Terminal(model, settings, sys.stdin, sys.stdout).run(options.video)
         return
     examples = examples_of(model, options.examples)

@@ -52,7 +52,7 @@ class Terminal:
                     if not self._do(line.strip()):
                         break
                 except UserError as error:
-                    self._tell(f"error: {error}")
+                    self._tell(f"error: {harmless(str(error))}")
                 except KeyboardInterrupt:  # twice, in one answer
                     self._tell("\n[stopped]")
         self.talk.end()
@@ -75,7 +75,7 @@ class Terminal:
             self.talk.clear()
             self._tell("[forgotten]")
         elif name == "/video" and value:
-            self._look(Path(value).expanduser())
+            self._look(_path(value))
         elif name in _NUMBERS:
             self.settings = _set(self.settings, name, value)
             self._tell(f"[{name[1:]} is {getattr(self.settings, _NUMBERS[name][0]):g}]")
@@ -86,7 +86,7 @@ class Terminal:
     def _look(self, video: Path) -> None:
         seen = self.model.see(video, self.talk.name)
         self.talk.look(seen)
-        self._tell(f"{video.name}: {seen.about}")
+        self._tell(f"{harmless(video.name)}: {seen.about}")
         for warning in seen.warnings:
             self._tell(f"[{warning}]")
 
@@ -155,6 +155,13 @@ _NUMBERS: dict[str, tuple[str, Callable[[str], float]]] = {
     "/top_p": ("top_p", float),
     "/max_tokens": ("max_new_tokens", int),
 }
+
+
+def _path(value: str) -> Path:
+    try:
+        return Path(value.strip()).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"/video {value}: there is no such user") from error
 
 
 def _set(settings: Settings, name: str, value: str) -> Settings:

@@ -107,12 +107,15 @@ class Library:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file's content. UserError: it cannot be read."""
+    """sha256 of a file's content. UserError: it cannot be read, or is none: a pipe or a device may have no end."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path.name}: cannot be read: it is no file but a pipe or a device")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path.name}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path.name}: cannot be read: {why}") from error
 
 
 def pictures_of(glance: Glance) -> tuple[Picture, ...]:

@@ -8,6 +8,7 @@ answer = talk.ask("What happens?", Settings(), on_text=print)
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 from vlm.run.chat import Answer, ChatModel, OnText, Settings, Turn
@@ -41,14 +42,18 @@ class Conversation:
 
     def ask(self, question: str, settings: Settings, on_text: OnText | None = None) -> Answer:
         """The next answer. UserError: no video is chosen, or as `ChatModel.say`; the question then is not kept."""
-        return self._answer([*self.turns, Turn(question.strip())], settings, on_text, asked=question)
+        return self._answer(lambda turns: [*turns, Turn(question.strip())], settings, on_text, asked=question)
 
     def again(self, settings: Settings, on_text: OnText | None = None) -> Answer:
         """The last answer anew. UserError: nothing was asked."""
-        if not self.turns:
-            raise UserError("Nothing was asked yet.")
-        self._drawn += 1
-        return self._answer([*self.turns[:-1], Turn(self.turns[-1].question)], settings, on_text)
+
+        def last(turns: list[Turn]) -> list[Turn]:
+            if not turns:
+                raise UserError("Nothing was asked yet.")
+            self._drawn += 1
+            return [*turns[:-1], Turn(turns[-1].question)]
+
+        return self._answer(last, settings, on_text)
 
     def clear(self) -> None:
         """Forget what was said; the video stays. An answer in the works ends."""
@@ -77,13 +82,22 @@ class Conversation:
             pass
 
     def _answer(
-        self, turns: list[Turn], settings: Settings, on_text: OnText | None, asked: str | None = None
+        self,
+        asking: Callable[[list[Turn]], list[Turn]],
+        settings: Settings,
+        on_text: OnText | None,
+        asked: str | None = None,
     ) -> Answer:
-        if self.key is None:
-            raise UserError("Please choose a video first.")
+        """
+        Args:
+            asking: what was said so far -> the turns whose last is to be answered.
+        """
         if not self._busy.acquire(blocking=False):
             raise UserError("The answer before this is still being written: wait for it, or stop it.")
-        try:
+        try:  # what was said, and of which video, is looked at here: another call may have changed it until now
+            if self.key is None:
+                raise UserError("Please choose a video first.")
+            turns = asking(self.turns)
             self._stop.clear()
             self.asking = asked
             seen = self.model.videos.find(self.key)

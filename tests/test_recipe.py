@@ -183,7 +183,7 @@ def test_published_numbers_of_video_chatgpt(name, trained, lr, batch, epochs, re
     assert counted == trained
     writing = recipe.eval.generation
     assert (writing.max_new_tokens, writing.sample, writing.temperature) == (1024, True, 0.2)
-    assert writing.top_k == (25 if recipe.inputs.task == "segments" else None)
+    assert writing.top_k == (25 if recipe.inputs.task == "segments" else 50)
 
 
 def test_what_trains_of_the_variant():

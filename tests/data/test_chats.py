@@ -383,6 +383,7 @@ def test_features_of_other_sizes_are_refused() -> None:
     [
         {"num_video_tokens": 0},
         {"max_length": 0},
+        {"max_length": PLACES + 1},
         {"words": 0},
         {"time_places": 0},
         {"repeats": (0, 0)},

@@ -101,8 +101,7 @@ class ChatConfig:
     template: TemplateName = "vicuna_v1_1"
     """What is written around questions and answers in training (vlm.data.chat_templates)."""
     test_template: TemplateName | None = None
-    """The same in tests; none: as in training. Video-ChatGPT is published to answer with video_chatgpt_v1, another text
-    of the system than it was trained with."""
+    """The same in tests; none: as in training. Video-ChatGPT is published to answer with another, video_chatgpt_v1."""
     system: str | None = None
     """The system's text, where a dialogue has none of its own; none: the template's."""
     question_side: Literal["alternate", "before", "after", "front", "given"] = "alternate"
@@ -139,6 +138,8 @@ class ChatConfig:
         for kind, count in self.repeats_of.items():
             if count is not None and count < 0:
                 raise ValueError(f"inputs.repeats_of.{kind} is {count}; it must be from 0, or none")
+        if self.max_length < (least := self.num_video_tokens + 2 * self.marks):
+            raise ValueError(f"inputs.max_length is {self.max_length}; a video alone has {least} tokens with its marks")
         if self.template == "v0" and self.question_side == "front":
             raise ValueError("inputs.question_side=front: template v0 has no such form; set it to before")
 

@@ -105,7 +105,7 @@ def instruct() -> Recipe:
             at_end=False,
             batch_size=4,
             metric="rouge_l",
-            generation=_writing(),
+            generation=_writing(top_k=50),  # that of transformers, where the published code says none
         ),
         run_dir=Path("runs/video_chatgpt/instruct"),
         checkpoint_every=3000,
@@ -200,5 +200,5 @@ def _segment_test(shards: str) -> EvalConfig:
     )
 
 
-def _writing(top_k: int | None = None) -> GenerationConfig:
+def _writing(top_k: int) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=1024, sample=True, temperature=0.2, top_k=top_k)

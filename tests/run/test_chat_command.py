@@ -258,6 +258,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         (["--recipe", "video_llama.demo", "--video", "a.mp4"], "--video a.mp4: there is no such file"),
         (["--recipe", "video_llama.demo", "--encoder", "a"], "--encoder a: there is no such file"),
         (["--recipe", "video_llama.demo", "--max-seconds", "0"], "must be above 0"),
+        (["--recipe", "video_llama.demo", "--max-seconds", "nan"], "must be above 0"),
+        (["--recipe", "video_llama.demo", "--max-upload", "inf"], "at most 1e9 MB"),
         (["--recipe", "video_llama.demo", "--video", __file__, "--examples", "a"], "leave one of them out"),
     ):
         assert chat_main(open_encoder, arguments) == 2

@@ -319,9 +319,10 @@ def _evaluate(options: argparse.Namespace, at_exit: ExitStack) -> None:
 
 def _check_chat(options: argparse.Namespace) -> None:
     """What cannot be, before anything is loaded."""
-    if options.max_upload <= 0 or options.max_seconds <= 0:
+    if not 0 < options.max_upload <= 1e9 or not options.max_seconds > 0:  # neither is true of nan
         raise UserError(
-            f"--max-upload {options.max_upload:g} and --max-seconds {options.max_seconds:g} must be above 0"
+            f"--max-upload {options.max_upload:g} and --max-seconds {options.max_seconds:g} must be above 0, and at "
+            "most 1e9 MB"
         )
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: ports are from 0 (any that is free) to 65535")

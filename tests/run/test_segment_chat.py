@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vlm.models.video_chatgpt import VideoChatGptConfig
 from vlm.recipe import EvalConfig, OptimConfig, Recipe, TrainData
 from vlm.run import evaluate
 from vlm.run.report import write_report
-from vlm.run.standalone import Replica
+from vlm.run.standalone import Replica, evaluate_checkpoint
 from vlm.sources.common_chat import make_chat
 from vlm.types import Sample, Visit
 
@@ -141,3 +142,29 @@ def test_a_model_that_knows_nothing_is_scored_all_the_same(shards: Path, tmp_pat
     assert [one["key"] for one in about["unparsable"]] == ["v0", "v1", "v2"]
     assert metrics["fork_errors"] == VIDEOS
     assert score.main([str(tmp_path), "--check"]) == 0
+
+
+def test_an_old_projector_is_tested_as_it_is(shards: Path, tmp_path: Path) -> None:
+    """launch/evaluate.py --checkpoint mm_projector.bin writes what a model with these weights does."""
+    settings = recipe(shards, tmp_path / "old")
+    settings = replace(
+        settings,
+        model=replace(settings.model, marks=False, train_also=(), llama=replace(settings.model.llama, vocab_size=259)),
+        inputs=replace(settings.inputs, marks=False),
+    )
+    model = model_of(settings)
+    with torch.no_grad():
+        for parameter in model.mm_projector.parameters():
+            parameter.normal_(0, 3)
+    evaluate.run(settings, Replica(model, WORLD, torch.float32), WORLD, tmp_path, lambda text: None)
+    old = {f"model.mm_projector.{name}": tensor for name, tensor in model.mm_projector.state_dict().items()}
+    torch.save(old, tmp_path / "mm_projector.bin")
+    texts = []
+    for name, source in (("old", tmp_path / "mm_projector.bin"), ("new", None)):
+        here = replace(settings, run_dir=tmp_path / name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the frozen .* RANDOM weights")
+            evaluate_checkpoint(here, "video_chatgpt.debug", [], {}, source, WORLD)
+        texts.append((tmp_path / name / "predictions.jsonl").read_text())
+    assert texts[0] == (tmp_path / "predictions.jsonl").read_text()
+    assert texts[1] != texts[0]

@@ -232,6 +232,21 @@ def test_another_video_chosen_at_the_same_moment(model: ChatModel, red: Seen, bl
     assert talk.turns == other.turns
 
 
+def test_stopped_as_soon_as_it_began(model: ChatModel, red: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Conversation(model, "a")
+    talk.look(red)
+    find = model.videos.find
+
+    def late(key: str) -> Seen:
+        talk.stop()  # from another thread, before the first word is thought of
+        return find(key)
+
+    monkeypatch.setattr(model.videos, "find", late)
+    assert talk.ask("What is it?", SHORT) == ("", True, 0, ())
+    monkeypatch.setattr(model.videos, "find", find)
+    assert talk.ask("What is it?", SHORT).text, "a stop is of one answer"
+
+
 def test_stopped_before_a_word_keeps_no_turn(model: ChatModel, red: Seen) -> None:
     talk = Conversation(model, "a")
     talk.look(red)

@@ -30,7 +30,8 @@ class Conversation:
         self.turns: list[Turn] = []
         self.asking: str | None = None  # the question whose answer is in the works
         self._drawn = 0  # how often an answer was written anew
-        self._stop = threading.Event()
+        self._stop = threading.Event()  # of the answer in the works, or of the last
+        self._begin = threading.RLock()  # whoever stops an answer that has just begun stops that one
         self._busy = threading.Lock()
 
     def look(self, seen: Seen) -> None:
@@ -63,7 +64,8 @@ class Conversation:
 
     def stop(self) -> None:
         """End the answer in the works, if there is one."""
-        self._stop.set()
+        with self._begin:
+            self._stop.set()
 
     @property
     def stopping(self) -> bool:
@@ -92,13 +94,14 @@ class Conversation:
         Args:
             asking: what was said so far -> the turns whose last is to be answered.
         """
-        if not self._busy.acquire(blocking=False):
-            raise UserError("The answer before this is still being written: wait for it, or stop it.")
+        with self._begin:
+            if not self._busy.acquire(blocking=False):
+                raise UserError("The answer before this is still being written: wait for it, or stop it.")
+            self._stop = threading.Event()
         try:  # what was said, and of which video, is looked at here: another call may have changed it until now
             if self.key is None:
                 raise UserError("Please choose a video first.")
             turns = asking(self.turns)
-            self._stop.clear()
             self.asking = asked
             seen = self.model.videos.find(self.key)
             settings = replace(settings, seed=settings.seed + self._drawn)

@@ -25,7 +25,7 @@ from vlm.models.video_mae import VideoMAEConfig
 from vlm.models.vit_llama import LlamaLayerConfig, ViTLlamaConfig
 from vlm.models.vit_sizes import Settings, Sizes, expected_shapes, hf_config, sizes_of, standard_heads
 from vlm.types import UserError
-from vlm.weights import atomic_file, file_hash, read_checkpoint, read_state_dict, write_safetensors
+from vlm.weights import Checkpoint, atomic_file, file_hash, read_checkpoint, read_state_dict, write_safetensors
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +73,19 @@ def read_pth(family: str, path: Path, key: str | None) -> Model:
     found = read_checkpoint(path, key)
     kind = kind_of(found.tensors)
     tensors = to_ours(found.tensors, family, kind)
+    source, dropped = source_of(family, path, found, list(tensors))
+    return Model(kind=kind, tensors=tensors, source=source, dropped=dropped)
+
+
+def source_of(
+    family: str, path: Path, found: Checkpoint, order: list[str], constants: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """(what a checkpoint of ours remembers of a published file, so that it returns whole; what it cannot hold).
+
+    Args:
+        order: names of its tensors as they stood.
+        constants: buffers that are worked out anew, kept as numbers.
+    """
     rest, dropped = {}, []
     for name, value in found.rest.items():
         try:
@@ -84,18 +97,38 @@ def read_pth(family: str, path: Path, key: str | None) -> Model:
         "file": path.name,
         "sha256": file_hash(path),
         "container": found.container,
-        "order": list(tensors),
+        "order": order,
         "rest": rest,
     }
-    return Model(kind=kind, tensors=tensors, source=source, dropped=dropped)
+    if constants is not None:
+        source["constants"] = {
+            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.double().tolist()}
+            for name, tensor in constants.items()
+        }
+    return source, dropped
 
 
 def write_pth(family: str, path: Path, model: Model, recipe: System | None) -> None:
-    named = from_ours(in_order(model), family, model.kind)
-    # a tensor cut from a larger storage would drag the whole storage into the file
-    tensors = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t.detach() for n, t in named.items()}
+    save_published(path, from_ours(in_order(model), family, model.kind), model, family)
+
+
+def save_published(
+    path: Path, named: Mapping[str, Tensor], model: Model, family: str, container: str | None = "model"
+) -> None:
+    """A file of torch with tensors by a family's names, in their order: with the container, buffers and further entries
+    of the source where it was of the same family, else in `container`. With buffers comes the order of the source."""
     same = model.source.get("format") == family
-    container = model.source["container"] if same else "model"
+    state = dict(named)
+    if same and "constants" in model.source:  # its `order` is of published names
+        state |= {
+            name: torch.tensor(kept["values"], dtype=getattr(torch, kept["dtype"]))
+            for name, kept in model.source["constants"].items()
+        }
+        order = [name for name in model.source.get("order", ()) if name in state]
+        state = {name: state[name] for name in [*order, *(name for name in state if name not in set(order))]}
+    # a tensor cut from a larger storage would drag the whole storage into the file
+    tensors = {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t.detach() for n, t in state.items()}
+    container = model.source["container"] if same else container
     rest = model.source["rest"] if same else {}
     with atomic_file(path) as file:
         torch.save(tensors if container is None else {container: tensors, **rest}, file)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.models.formats import Model, plain
+from vlm.models.formats import Model, save_published, source_of
 from vlm.models.name_tables import table
 from vlm.models.published import FAMILIES, VIDEO_CHATGPT
 from vlm.types import UserError
-from vlm.weights import atomic_file, file_hash, read_checkpoint, rename
+from vlm.weights import read_checkpoint, rename
 
 FAMILY = "video_chatgpt"
 ASIDE = "published."
@@ -47,25 +47,8 @@ def read(path: Path, key: str | None) -> Model:
         tensors = to_ours(whole)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    rest, dropped = {}, []
-    for name, value in found.rest.items():
-        try:
-            rest[name] = plain(value)
-        except TypeError as error:
-            dropped.append(f"{name} ({error})")
-    source = {
-        "format": FAMILY,
-        "file": path.name,
-        "sha256": file_hash(path),
-        "container": found.container,
-        "order": list(found.tensors),
-        "bare": bare,
-        "rest": rest,
-        "constants": {
-            name: {"dtype": str(t.dtype).removeprefix("torch."), "values": t.double().tolist()}
-            for name, t in constants.items()
-        },
-    }
+    source, dropped = source_of(FAMILY, path, found, list(found.tensors), constants)
+    source["bare"] = bare
     return Model(kind=VIDEO_CHATGPT, tensors=tensors, source=source, dropped=dropped, unused=aside(tensors))
 
 
@@ -109,22 +92,7 @@ def write(path: Path, model: Model) -> None:
     same = model.source.get("format") == FAMILY
     if same and model.source["bare"]:
         named = {name.removeprefix(_BEFORE): t for name, t in named.items()}
-    if same:
-        named |= {
-            name: torch.tensor(c["values"], dtype=getattr(torch, c["dtype"]))
-            for name, c in model.source["constants"].items()
-        }
-    order = [name for name in model.source["order"] if name in named] if same else []
-    order += [name for name in named if name not in order]
-    # a tensor cut from a larger storage would drag the whole storage into the file
-    tensors = {
-        name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t.detach()
-        for name, t in ((name, named[name]) for name in order)
-    }
-    container = model.source["container"] if same else None
-    rest = model.source["rest"] if same else {}
-    with atomic_file(path) as file:
-        torch.save(tensors if container is None else {container: tensors, **rest}, file)
+    save_published(path, named, model, FAMILY, container=None)
 
 
 def published(model: Model) -> dict[str, Tensor]:

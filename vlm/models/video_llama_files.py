@@ -13,17 +13,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlm.models import video_llama_names as names
-from vlm.models.formats import Model, plain
+from vlm.models.formats import Model, save_published, source_of
 from vlm.models.llama_facts import read_json
 from vlm.models.llama_files import Tensors, shared_out
 from vlm.models.name_tables import table
 from vlm.models.published import BRANCHES, FAMILIES, LLMVA, TOWER, kind_of
 from vlm.types import UserError
-from vlm.weights import Loader, atomic_file, file_hash, open_tensors, read_checkpoint, rename, write_safetensors
+from vlm.weights import Loader, atomic_file, open_tensors, read_checkpoint, rename, write_safetensors
 
 PTH_FAMILIES = ("video_llama", "llmva", "lavis")
 ASIDE = "published."
@@ -65,21 +64,9 @@ def read(family: str, path: Path, key: str | None) -> Model:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     dropped = [f"{len(audio)} tensors of the audio branch (audio_…)"] if audio else []
-    rest = {}
-    for name, value in found.rest.items():
-        try:
-            rest[name] = plain(value)
-        except TypeError as error:
-            dropped.append(f"{name} ({error})")
-    source = {
-        "format": family,
-        "file": path.name,
-        "sha256": file_hash(path),
-        "container": found.container,
-        "order": [name for name in found.tensors if name not in audio],
-        "rest": rest,
-        "constants": {name: _as_json(tensor) for name, tensor in constants.items()},
-    }
+    order = [name for name in found.tensors if name not in audio]
+    source, lost = source_of(family, path, found, order, constants)
+    dropped += lost
     model = Model(kind=kind, tensors=tensors, source=source, dropped=dropped, unused=aside(tensors))
     if constants:
         shown = ", ".join(sorted(constants)[:2]) + " …" * (len(constants) > 2)
@@ -105,10 +92,6 @@ def _to_ours(own: Mapping[str, Tensor], family: str, kind: str) -> dict[str, Ten
         else:
             kept[f"{_EVA}{name}" if eva else name] = tensor
     return names.to_ours(kept, FAMILIES[family].pairs[kind]) | tensors
-
-
-def _as_json(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "values": tensor.double().tolist()}
 
 
 def read_blip2(path: Path) -> Model:
@@ -182,24 +165,7 @@ def published(family: str, model: Model) -> dict[str, Tensor]:
 
 def write(family: str, path: Path, model: Model) -> None:
     """A .pth as the original has it: the source's container, order, buffers and further entries where it was one."""
-    named = published(family, model)
-    same = model.source.get("format") == family
-    if same:
-        named |= {
-            name: torch.tensor(c["values"], dtype=getattr(torch, c["dtype"]))
-            for name, c in model.source["constants"].items()
-        }
-    order = [name for name in model.source.get("order", ()) if name in named] if same else []
-    order += [name for name in named if name not in order]
-    # a tensor cut from a larger storage would drag the whole storage into the file
-    tensors = {
-        name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t.detach()
-        for name, t in ((name, named[name]) for name in order)
-    }
-    container = model.source["container"] if same else "model"
-    rest = model.source["rest"] if same else {}
-    with atomic_file(path) as file:
-        torch.save(tensors if container is None else {container: tensors, **rest}, file)
+    save_published(path, published(family, model), model, family)
 
 
 def write_blip2(path: Path, model: Model) -> None:

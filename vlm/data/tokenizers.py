@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -103,6 +104,7 @@ class SentencePieceTokenizer:
         if newline == self._model.unk_id():
             newline = self._model.piece_to_id("\n")
         self.newline = self._known(-1 if newline == self._model.unk_id() else newline, "token for a line end")
+        self._borders: tuple[str, list[int], list[int]] = ("", [], [])
 
     def _known(self, token: int, what: str) -> int:
         if token < 0:
@@ -116,16 +118,23 @@ class SentencePieceTokenizer:
         return self._model.decode([token for token in ids if token < self.vocab_size])
 
     def tokens_before(self, text: str, end: int) -> int:
-        surfaces = [piece.surface for piece in self._model.encode(text, return_type="proto").pieces]
-        count = size = waiting = 0
-        for surface in surfaces:  # "" for the blank put before a text, and for all bytes of a character but the last
-            size += len(surface)
-            waiting += 1
-            if size > end:
-                break
+        if self._borders[0] != text:  # a dialogue asks for border after border of one text
+            self._borders = (text, *self._find_borders(text))
+        _, sizes, counts = self._borders
+        place = bisect_right(sizes, end)
+        return counts[place - 1] if place else 0
+
+    def _find_borders(self, text: str) -> tuple[list[int], list[int]]:
+        """(characters, tokens) up to the end of each token that ends a character. Others have no surface: the blank put
+        before a text, and all bytes of a character but the last."""
+        sizes, counts, size = [], [], 0
+        for number, piece in enumerate(self._model.encode(text, return_type="proto").pieces, 1):
+            surface = piece.surface
             if surface:
-                count, waiting = count + waiting, 0
-        return count
+                size += len(surface)
+                sizes.append(size)
+                counts.append(number)
+        return sizes, counts
 
 
 class TiktokenTokenizer:

@@ -31,15 +31,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlm import recipe as recipes
 from vlm.config import override
 from vlm.data.feature_files import FEATURES, FeatureFiles, beside, write_published
 from vlm.data.frame_readers import RateReader
 from vlm.data.frame_variants import VARIANTS
 from vlm.data.shards import ShardSet
-from vlm.distributed import World, from_main, join, leave
+from vlm.distributed import World, alone, from_main, join, leave
 from vlm.models import encoders, glimpse
 from vlm.models.encoders import Chosen
 from vlm.models.eva import TowerConfig
@@ -130,8 +128,7 @@ def start() -> World:
     """This process among those that a starter made; one alone needs no process group."""
     if any(name in os.environ for name in _STARTED_TOGETHER):
         return join(timeout_minutes=7 * 24 * 60)  # the first waits for the last at the end
-    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    return World(0, 1, 0, torch.device("cuda", 0) if on_cuda else torch.device("cpu"), "single")
+    return alone()
 
 
 def check(options: argparse.Namespace) -> None:

@@ -43,6 +43,16 @@ class World:
         return self.rank == 0
 
 
+def on_cuda() -> bool:
+    """Whether this machine's GPU is to compute: there is one, and DS_ACCELERATOR=cpu does not say otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def alone() -> World:
+    """The place of a process that no starter made and that joins no group: on the first GPU, else on the processor."""
+    return World(0, 1, 0, torch.device("cuda", 0) if on_cuda() else torch.device("cpu"), "single")
+
+
 def join(timeout_minutes: float = 30.0) -> World:
     """Join the process group (NCCL on CUDA, gloo on CPU) through DeepSpeed and return this process's place.
 
@@ -50,8 +60,8 @@ def join(timeout_minutes: float = 30.0) -> World:
         UserError: the environment names a process group only in part, or fewer GPUs than processes on this host.
     """
     starter = _find_starter()
-    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not on_cuda:
+    cuda = on_cuda()
+    if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     import deepspeed.ops
@@ -60,7 +70,7 @@ def join(timeout_minutes: float = 30.0) -> World:
     # and for ever if an earlier compilation was killed).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
-    if on_cuda:
+    if cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"this host has {torch.cuda.device_count()} GPU(s) but process {local_rank} of it was started: start "

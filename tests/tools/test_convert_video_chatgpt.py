@@ -165,7 +165,9 @@ def test_what_a_run_trained_becomes_a_published_file(
     r.convert(tmp_path / "ours", tmp_path / "b.bin", *OUT, *words)
     assert same(tmp_path / "b.bin", torch.load(tmp_path / "a.bin", weights_only=True))
     begun = config_for(base, init_from=tmp_path / "ours").build()
-    assert torch.equal(begun.mm_projector.weight, torch.load(tmp_path / "a.bin")["model.mm_projector.weight"])
+    assert torch.equal(
+        begun.mm_projector.weight, torch.load(tmp_path / "a.bin", weights_only=True)["model.mm_projector.weight"]
+    )
     assert tensors.keys() == {n for n, p in begun.named_parameters() if p.requires_grad}
 
 

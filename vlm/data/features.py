@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vlm.data.video import DecodeError
 from vlm.types import Record
+from vlm.weights import SAFETENSORS_DTYPES
 
 MEMBER = "features.npy"
 
@@ -105,10 +106,7 @@ def _in_npy(data: memoryview) -> _Place | None:
 
 
 _NPY_HEAD = 4096  # bytes in which the header of an array ends, or it is no plain one
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 def _read_array(data: bytes | memoryview) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vlm.metrics.probes import names_of_probes
 from vlm.types import Prediction, UserError
 
 
@@ -34,7 +35,7 @@ def choice_metrics(
         "accuracy": float(right.mean()),
         "chance": float(np.mean([1 / len(row.scores) for row in predictions])),
     }
-    for probe in _probes(predictions):
+    for probe in names_of_probes(predictions, "question"):
         hits = [_best(row, row.probes[probe], f"its scores for {probe!r}") == row.truth for row in predictions]
         metrics[f"accuracy_{probe}"] = float(np.mean(hits))
     kinds = {kind: (kind,) for kind in sorted({row.kind for row in predictions if row.kind})}
@@ -69,14 +70,3 @@ def _best(row: Prediction, scores: Sequence[float], what: str) -> int:
     if np.isnan(values).any():
         raise UserError(f"question {row.key!r}: {what} hold NaN: the model diverged, or the checkpoint is damaged")
     return int(values.argmax())
-
-
-def _probes(predictions: Sequence[Prediction]) -> list[str]:
-    names = list(predictions[0].probes)
-    for row in predictions:
-        if set(row.probes) != set(names):
-            raise UserError(
-                f"question {row.key!r} has the probes {sorted(row.probes)}, question {predictions[0].key!r} "
-                f"{sorted(names)}: an average over part of them would mislead; evaluate again with one set of probes"
-            )
-    return names

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlm.metrics.probes import names_of_probes
 from vlm.types import Prediction, UserError
 
 
@@ -113,18 +114,11 @@ def _scores_and_truth(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np
 
 
 def _probe_scores(predictions: Sequence[Prediction], num_classes: int) -> dict[str, np.ndarray]:
-    names = list(predictions[0].probes)
-    for row in predictions:
-        if set(row.probes) != set(names):
-            raise UserError(
-                f"clip {row.key!r} has the probes {sorted(row.probes)}, clip {predictions[0].key!r} {sorted(names)}: "
-                "an average over part of the clips would mislead; evaluate again with one set of probes"
-            )
     return {
         name: _matrix(
             [(row.key, f"its scores for probe {name!r}", row.probes[name]) for row in predictions], num_classes
         )
-        for name in names
+        for name in names_of_probes(predictions, "clip")
     }
 
 

@@ -243,16 +243,22 @@ class VideoChatGpt(CausalSystem):
 
     def block_arguments(self, names: Sequence[str], rows: Sequence[TextRows], batch: Batch) -> dict[str, Any]:
         """With fusion: what each block adds."""
+        vectors = self.fused(batch)
+        if vectors is None:
+            return {}
+        shares = torch.cat([owners(part, vectors.shape[1], self.config.num_video_tokens) for part in rows])
+        return {"additions": Additions(vectors, shares)}
+
+    def fused(self, batch: Batch) -> Tensor | None:
+        """(Q, V, H) what the fusion makes of each state of each video; None: there is no fusion, or no video."""
         states = self._states(batch) if self.config.fusion else None
         if states is None:
-            return {}
+            return None
         made = []
         for number, (reduce, project) in enumerate(zip(self.reducers, self.projecters)):
             over_time = self._encoded(states, number).transpose(1, 2)
             made.append(project(reduce(over_time)[..., 0]))
-        vectors = torch.stack(made) * self.config.fusion_scale
-        shares = torch.cat([owners(part, len(states), states.shape[1]) for part in rows])
-        return {"additions": Additions(vectors, shares)}
+        return torch.stack(made) * self.config.fusion_scale
 
     def _states(self, batch: Batch) -> Tensor | None:
         """(V, N, Q, D) stored states, as stored; None: the batch has no video. UserError: they are of other sizes."""

@@ -270,10 +270,6 @@ def compare(config: VideoChatGptConfig, model: Model, again: Model) -> str:
         pooled = encoded(number).T @ theirs[f"reducers.{number}.weight"][0] + theirs[f"reducers.{number}.bias"]
         vector = theirs[f"projecters.{number}.weight"] @ pooled + theirs[f"projecters.{number}.bias"]
         added.append(config.fusion_scale * vector)
-    vectors = torch.stack(
-        [
-            project(reduce(system._encoded(states[None], number).transpose(1, 2))[..., 0])[0] * config.fusion_scale
-            for number, (reduce, project) in enumerate(zip(system.reducers, system.projecters))
-        ]
-    )
-    return f"{said}; {same_outputs(torch.stack(added), vectors, 'what blocks add')}"
+    vectors = system.fused(batch)
+    assert vectors is not None
+    return f"{said}; {same_outputs(torch.stack(added), vectors[:, 0], 'what blocks add')}"

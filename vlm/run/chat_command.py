@@ -14,10 +14,11 @@ import torch
 from vlm.data.glance import Limits
 from vlm.data.mix import is_elsewhere
 from vlm.data.shard_format import MANIFEST, ShardError
+from vlm.distributed import alone
 from vlm.recipe import Recipe
 from vlm.run.chat import Encode, Settings
 from vlm.run.chat_examples import examples_of
-from vlm.run.chat_open import device_here, open_model
+from vlm.run.chat_open import open_model
 from vlm.run.chat_page import gradio_here, serve
 from vlm.run.chat_terminal import Terminal
 from vlm.run.streams import open_shards
@@ -31,7 +32,7 @@ def chat(options: argparse.Namespace, recipe: Recipe, open_encoder: OpenEncoder)
     """launch/chat.py, once its options are known to be right."""
     if options.video is None:
         gradio_here()  # before anything takes minutes to load
-    device = device_here()
+    device = alone().device
     encode = open_encoder(recipe, device, options.encoder, rate_of(recipe, options.fps))
     limits = Limits(seconds=options.max_seconds, nbytes=int(options.max_upload * 2**20))
     model = open_model(

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from vlm.data.glance import Limits
-from vlm.models.trained import other_rows
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, as_continued, check_files, check_inputs
-from vlm.run import checkpoint
 from vlm.run.chat import ChatModel, Encode, check_conversations
+from vlm.run.open_weights import fill, locate, place
 from vlm.types import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def device_here() -> torch.device:
-    """The first GPU, unless DS_ACCELERATOR=cpu; else the processor."""
-    on_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    return torch.device("cuda", 0) if on_cuda else torch.device("cpu")
 
 
 def open_model(
@@ -57,17 +49,6 @@ def open_model(
     attention = choose_attention(device, kind)
     torch.manual_seed(recipe.seed)
     system = recipe.model.build()
-    if source is None:
-        loaded = "none: the weights that training would begin with"
-    elif source.is_file() and getattr(recipe.model, "reads_published", False):
-        loaded = system.take_published(source)
-    else:
-        folder = checkpoint.resolve(source)
-        loaded = f"{folder} (step {checkpoint.load_weights(folder, system).get('step', 'unknown')})"
-        rows = other_rows(folder, recipe.inputs)
-        if rows:
-            say(f"note: {rows}")
+    loaded = fill(system, None if source is None else locate(source, recipe), recipe, say)
     say(f"recipe {name}, checkpoint {loaded}, {attention.sentence}")
-    # fp32 is what trains; what is frozen stays as it is stored, and is not made twice as large
-    placed = system.to(device) if kind == torch.float32 else system.to(device, kind)
-    return ChatModel(recipe, placed, device, encode=encode, limits=limits)
+    return ChatModel(recipe, place(system, device, kind), device, encode=encode, limits=limits)

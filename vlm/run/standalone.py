@@ -10,10 +10,10 @@ import torch
 
 from vlm.distributed import World, barrier, from_main
 from vlm.models.system import System
-from vlm.models.trained import other_rows
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, as_continued, check_inputs
-from vlm.run import checkpoint, evaluate, record
+from vlm.run import evaluate, record
+from vlm.run.open_weights import fill, locate, place
 from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
 from vlm.run.stored import check_stored
@@ -24,9 +24,7 @@ class Replica:
     """A whole model on each process: what evaluation needs of an engine."""
 
     def __init__(self, model: System, world: World, dtype: torch.dtype) -> None:
-        # fp32 is what trains; what is frozen stays as it is stored, and is not made twice as large
-        placed = model.to(world.device) if dtype == torch.float32 else model.to(world.device, dtype)
-        self.model = self.deepspeed = placed
+        self.model = self.deepspeed = place(model, world.device, dtype)
 
 
 def evaluate_checkpoint(
@@ -51,28 +49,15 @@ def evaluate_checkpoint(
     launch = Launch(recipe, name, overrides, hardware, world, choose_attention(world.device, dtype))
     say = (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)
     with record.sole_run(recipe, world):
-        published = source if source is not None and source.is_file() and _reads_files(recipe) else None
-        folder = None if source is None or published else from_main(world, lambda: checkpoint.resolve(source))
-        about = record.open_evaluation(launch, published or folder)
+        found = None if source is None else from_main(world, lambda: locate(source, recipe))
+        about = record.open_evaluation(launch, found)
         torch.manual_seed(recipe.seed)
         model = recipe.model.build()
         check_stored(recipe, model, [recipe.eval.shards])
-        if published is not None:
-            loaded = model.take_published(published)
-        else:
-            state = {"step": 0} if folder is None else checkpoint.load_weights(folder, model)
-            loaded = f"{folder or 'none: initial weights'} (step {state.get('step', 'unknown')})"
+        loaded = fill(model, found, recipe, say)
         say(f"recipe {name}, checkpoint {loaded}, {launch.attention.sentence}")
-        note = "" if folder is None else other_rows(folder, recipe.inputs)
-        if note:
-            say(f"note: {note}")
         record.write(launch, about)
         evaluate.run(recipe, Replica(model, world, dtype), world, launch.folder, say)
         report = from_main(world, lambda: write_report(launch.folder))
         say(f"report: {report}")
         barrier()
-
-
-def _reads_files(recipe: Recipe) -> bool:
-    """Whether the recipe's model takes published files as they are."""
-    return getattr(recipe.model, "reads_published", False)

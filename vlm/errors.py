@@ -5,3 +5,11 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """An error a user can cause and mend. Its message names the file, the value, why it matters and the mend."""
+
+
+class Preempted(Exception):
+    """The run was told to stop (a signal), has saved, and goes on when the same command is given again."""
+
+
+PREEMPTED, HUNG = 85, 86
+"""Exit statuses that ask for the same command again: stopped by a signal and saved; stalled, told and ended."""

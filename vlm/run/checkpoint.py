@@ -50,6 +50,34 @@ class Progress:
     quarantined: list[tuple[str, str, str]] = field(default_factory=list)
 
 
+class Saver:
+    """Writes the checkpoints of a run. `save` returns as soon as the state is copied; `wait` when it is on disk.
+
+    Args:
+        root: the run's checkpoint folder.
+        engine: vlm.run.engine.Engine.
+        keep: newest checkpoints to keep; the best one is kept besides.
+    """
+
+    def __init__(self, root: Path, engine: Any, *, keep: int) -> None:
+        self.root, self.engine, self.keep = root, engine, keep
+
+    def save(self, progress: Progress, about: dict[str, Any], *, is_best: bool = False) -> Path:
+        """Begin to write a checkpoint; its folder. Collective. `progress` may change afterwards."""
+        return save(self.root, self.engine, progress, about, keep=self.keep, is_best=is_best)
+
+    def problem(self) -> UserError | None:
+        """Why what was begun cannot be written, as far as this rank knows by now. Not collective, does not wait."""
+        return None
+
+    def wait(self) -> None:
+        """Until all that was begun is on disk, verified and named by `latest`. Collective.
+
+        Raises:
+            UserError: on every rank; it could not be written.
+        """
+
+
 def save(root: Path, engine: Any, progress: Progress, about: dict[str, Any], *, keep: int, is_best: bool) -> Path:
     """Write a checkpoint of `engine` under `root` and point `latest` (and `best`) at it. Collective.
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from vlm.config import describe, to_dict
 from vlm.data.mix import is_elsewhere, parse_mix
-from vlm.errors import UserError
+from vlm.errors import PREEMPTED, Preempted, UserError
 from vlm.recipe import Recipe, TrainData, as_continued, check_files, check_inputs, check_name, families, load, names
 
 _TRAIN_PAGE = """\
@@ -165,6 +165,10 @@ def _guarded(job: Job, parser: _Parser, arguments: list[str] | None) -> int:
         except UserError as error:
             _tell(f"error: {error}")
             return 2
+        except Preempted as stopped:
+            if place()[0] == 0:
+                sys.stderr.write(f"stopped: {stopped}; the same command goes on\n")
+            return PREEMPTED
         except FloatingPointError as error:  # every process names its own samples
             sys.stderr.write(f"stopped: {error}\n")
             return 3

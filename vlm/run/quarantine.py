@@ -10,7 +10,7 @@ import numpy as np
 
 from vlm.data.loader import MicroBatch
 from vlm.data.stream import Stream
-from vlm.distributed import World, gather_objects, share_object, stop_together, sum_over_ranks
+from vlm.distributed import World, gather_objects, share_object
 from vlm.files import write_text
 from vlm.recipe import Recipe
 from vlm.types import Incident, UserError
@@ -36,18 +36,13 @@ class Quarantine:
         if world.is_main:
             self._forget_lost_work()
 
-    def add(self, micro_batches: Sequence[MicroBatch], step: int, problem: UserError | None = None) -> None:
-        """Take note of what this step's loading met, on all ranks together.
+    def add(self, micro_batches: Sequence[MicroBatch], step: int) -> None:
+        """Take note of what this step's loading met. Collective: for steps in which a rank met something (`met`).
 
-        Args:
-            problem: why this rank could not load the step at all; every rank then stops with it.
         Raises:
-            UserError: the share of unusable records of a shard exceeds data.quarantine_share, or a rank has a problem.
+            UserError: the share of unusable records of a shard exceeds data.quarantine_share.
         """
-        mine = [incident for item in micro_batches if item.weight for incident in item.batch.incidents]
-        stop_together(problem, self._world.device)
-        if not sum_over_ranks([float(len(mine))], self._world.device)[0]:
-            return
+        mine = met(micro_batches)
         gathered = gather_objects(mine)
         incidents: list[Incident] = share_object([i for part in gathered for i in part] if gathered else None)
         known = set(self.known)
@@ -92,6 +87,11 @@ class Quarantine:
             except (ValueError, KeyError, TypeError):
                 continue
         write_text(self._path, "".join(kept))
+
+
+def met(micro_batches: Sequence[MicroBatch]) -> list[Incident]:
+    """What loading these micro-batches met."""
+    return [incident for item in micro_batches if item.weight for incident in item.batch.incidents]
 
 
 def _name(incident: Incident) -> tuple[str, str, str]:

@@ -14,18 +14,20 @@ from vlm.data.loader import MicroBatch, TrainLoader
 from vlm.data.order import batch_digest
 from vlm.data.rng import derive_seed
 from vlm.data.stream import Stream
-from vlm.distributed import World, barrier, from_main
+from vlm.distributed import World, barrier, from_main, stop_together, sum_over_ranks
+from vlm.errors import Preempted
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, check_inputs
 from vlm.run import checkpoint, evaluate, record
 from vlm.run.audit import Audit
-from vlm.run.checkpoint import Progress
+from vlm.run.checkpoint import Progress, Saver
 from vlm.run.engine import Engine, StepResult, derive, zero_stage
 from vlm.run.log import RunLog
 from vlm.run.optim import warmup_cosine
-from vlm.run.quarantine import Quarantine
+from vlm.run.quarantine import Quarantine, met
 from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
+from vlm.run.stop import Stop
 from vlm.run.stored import check_recipe
 from vlm.run.streams import open_stream
 from vlm.run.throughput import Throughput
@@ -41,16 +43,17 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
         world: this process among all.
     Raises:
         UserError: settings, files or data are wrong; FloatingPointError: the loss or gradient is not finite.
+        Preempted: a signal came (vlm.run.stop), and all that was done is saved.
     """
     check_inputs(recipe)
     stream = open_stream(recipe)
     config = derive(hardware, recipe, world.size)
     launch = Launch(recipe, name, overrides, config, world, choose_attention(world.device, precision(config)))
-    with record.sole_run(recipe, world):
-        _train(launch, stream)
+    with Stop() as stop, record.sole_run(recipe, world):
+        _train(launch, stream, stop)
 
 
-def _train(launch: Launch, stream: Stream) -> None:
+def _train(launch: Launch, stream: Stream, stop: Stop) -> None:
     """`train` in a run folder that no other process writes."""
     recipe, world, folder = launch.recipe, launch.world, launch.folder
     total_steps = steps_of(recipe, len(stream))
@@ -80,7 +83,7 @@ def _train(launch: Launch, stream: Stream) -> None:
     elif recipe.eval is not None and recipe.eval.at_start:
         evaluate.run(recipe, engine, world, folder / "before_training", say=log.say)
 
-    _train_steps(recipe, engine, stream, progress, total_steps, log)
+    _train_steps(recipe, engine, stream, progress, total_steps, log, stop)
 
     log.close()
     if recipe.eval is not None and recipe.eval.at_end:
@@ -91,10 +94,10 @@ def _train(launch: Launch, stream: Stream) -> None:
 
 
 def _train_steps(
-    recipe: Recipe, engine: Engine, stream: Stream, progress: Progress, total_steps: int, log: RunLog
+    recipe: Recipe, engine: Engine, stream: Stream, progress: Progress, total_steps: int, log: RunLog, stop: Stop
 ) -> None:
     """The training loop: one pass is one optimizer step."""
-    world, root = engine.world, recipe.run_dir / "checkpoints"
+    world = engine.world
     loader = TrainLoader(
         stream,
         recipe.inputs,
@@ -115,13 +118,19 @@ def _train_steps(
     learning_rate = schedule_of(recipe, len(stream), total_steps)
     throughput = Throughput(engine.model, world)
     audit = Audit(engine, recipe.audit_steps, log.say)
+    saver = Saver(recipe.run_dir / "checkpoints", engine, keep=recipe.checkpoint_keep)
     saved_at = progress.step
+    stop.waits, stopping = True, False
 
     for step in range(progress.step, total_steps):
         started = time.monotonic()
         micro_batches, problem = _next(loader)
         data_wait = time.monotonic() - started
-        quarantine.add(micro_batches, step, problem)
+        stopping, incidents = _agree(problem or saver.problem(), stop, micro_batches, world)
+        if stopping:
+            break
+        if incidents:
+            quarantine.add(micro_batches, step)
         torch.manual_seed(derive_seed("step", recipe.seed, step, world.rank))
         result = engine.step(micro_batches, lr=learning_rate(step))
         progress.step = step + 1
@@ -148,12 +157,29 @@ def _train_steps(
         due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
         if due or is_best or progress.step == total_steps:
             progress.quarantined = quarantine.known
-            checkpoint.save(
-                root, engine, progress, _about(recipe, world, engine), keep=recipe.checkpoint_keep, is_best=is_best
-            )
+            saver.save(progress, _about(recipe, world, engine), is_best=is_best)
             saved_at = progress.step
-    assert saved_at == progress.step
+    if stopping and saved_at != progress.step:
+        progress.quarantined = quarantine.known
+        saver.save(progress, _about(recipe, world, engine))
+    saver.wait()
+    stop.waits = False
+    if stopping:
+        raise Preempted(f"{stop.asked or 'a signal to another rank'} came; saved at step {progress.step}")
     audit.finish()
+
+
+def _agree(problem: UserError | None, stop: Stop, micro_batches: list[MicroBatch], world: World) -> tuple[bool, bool]:
+    """Before each step, by one all-reduce: whether any rank was told to stop, and whether loading met anything.
+
+    Raises:
+        UserError: on every rank; a rank has a problem.
+    """
+    mine = [problem is not None, stop.asked is not None, bool(met(micro_batches))]
+    failed, stopping, incidents = sum_over_ranks([float(flag) for flag in mine], world.device)
+    if failed:
+        stop_together(problem, world.device)
+    return bool(stopping), bool(incidents)
 
 
 def _measured(result: StepResult) -> dict[str, Any]:

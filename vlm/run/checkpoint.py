@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def save(root: Path, engine: Any, progress: Progress, about: dict[str, Any], *, 
         buffers = {name: b.detach().cpu().clone() for name, b in trained.persistent_buffers(engine.model).items()}
         state = {
             "step": progress.step,
-            "adam_steps": zero_state.step_count(engine),
+            **adam_steps(engine),
             "random": "torch is seeded by (seed, step, rank) at each step, samples by (seed, position)",
             "quarantined": progress.quarantined,
             "best_metric": progress.best_metric,
@@ -132,6 +133,13 @@ def save(root: Path, engine: Any, progress: Progress, about: dict[str, Any], *, 
 
     from_main(engine.world, write)
     return final
+
+
+def adam_steps(engine: Any) -> dict[str, Any]:
+    """How many optimizer steps the moments have seen, as state.json says it: the commonest count, and what differs."""
+    counts = zero_state.step_counts(engine)
+    common = Counter(counts.values()).most_common(1)[0][0] if counts else 0
+    return {"adam_steps": common, "adam_steps_of": {name: n for name, n in counts.items() if n != common}}
 
 
 def _trained_shapes(engine: Any) -> dict[str, Sequence[int]]:
@@ -320,5 +328,6 @@ def load_optimizer(folder: Path, engine: Any, state: dict[str, Any]) -> None:
     for name in weights.keys() & set(engine.names.values()):
         values = {"param": weights[name], **{kind: moments[f"{kind}/{name}"] for kind in zero_state.MOMENTS}}
         zero_state.write(engine, name, values)
-    zero_state.set_step_count(engine, state["adam_steps"])
+    common, others = state["adam_steps"], state.get("adam_steps_of", {})
+    zero_state.set_step_counts(engine, {name: others.get(name, common) for name in engine.names.values()})
     barrier()

@@ -1,18 +1,89 @@
 """Full fp32 weights and Adam moments of every trainable tensor, whatever DeepSpeed made of them.
 
-Reading and writing whole tensors by name makes checkpoints universal: no file knows the ZeRO stage or the number of
-processes. Each call below is collective (every rank calls it in the same order).
+Tensors are known by name and by place within the whole tensor, which makes checkpoints universal: no file knows the
+ZeRO stage or the number of processes. `fragments` asks no other rank for anything; what else reads or writes is
+collective (every rank calls it in the same order).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlm.distributed import share
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("param", *MOMENTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """What this rank holds of one parameter: the elements from `start` on, of the flattened tensor."""
+
+    name: str
+    start: int
+    values: dict[str, Tensor]  # kind -> (n,), where training itself reads and writes
+
+
+def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the engine was built to train, and its whole shape."""
+    parameters = dict(engine.model.named_parameters())
+    built = {name: parameters[name] for name in engine.names.values()}
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in built.items()}
+
+
+def fragments(engine: Any, *, all_held: bool = False) -> list[Fragment]:
+    """This rank's part of master weights and moments, as views: nothing is copied, no other rank is asked.
+
+    Args:
+        all_held: all that this rank holds, also where every rank holds the same (stage 0); else each rank has a share
+            of it, so that together they name every element (some twice where ZeRO keeps copies).
+    """
+    prime(engine)
+    found = []
+    total = sum(math.prod(shape) for shape in shapes(engine).values())
+    world = engine.world
+    begin, end = (0, total) if all_held else share(total, world.size, world.rank)
+    passed = 0  # elements of the parameters before this one
+    for name, parameter in _trainable(engine):
+        size = math.prod(getattr(parameter, "ds_shape", parameter.shape))
+        first, last = max(begin - passed, 0), min(end - passed, size)
+        passed += size
+        held = _held(engine, parameter, size, first, last)
+        if held is not None:
+            found.append(Fragment(name, *held))
+    return found
+
+
+def _held(
+    engine: Any, parameter: nn.Parameter, size: int, first: int, last: int
+) -> tuple[int, dict[str, Tensor]] | None:
+    """Where this rank's part of a parameter of `size` elements begins, and its values; None: it has no part.
+
+    Where nothing is partitioned the part is [first, last).
+    """
+    if hasattr(parameter, "ds_id"):
+        parts = {kind: _partition(engine, parameter, kind) for kind in KINDS}
+        length = parts["param"].numel()
+        start = engine.optimizer._get_param_partition_rank(parameter) * length
+        length = min(length, size - start)  # the last rank's part may end in padding
+        return (start, {kind: part[:length] for kind, part in parts.items()}) if length > 0 else None
+    if hasattr(parameter, "_hp_mapping"):
+        mapping: Any = parameter._hp_mapping
+        if mapping is None:
+            return None
+        values = {kind: mapping.get_hp_fragment(_key(kind)).detach() for kind in KINDS}
+        return mapping.lp_fragment_address.start, values
+    if first >= last:
+        return None
+    master = _master_of(engine, parameter)
+    whole = {"param": master, **{kind: _inner(engine).state[master][kind] for kind in MOMENTS}}
+    return first, {kind: value.detach().view(-1)[first:last] for kind, value in whole.items()}
 
 
 def read(engine: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -35,16 +106,26 @@ def write(engine: Any, name: str, values: dict[str, Tensor]) -> None:
         _write_one(engine, parameter, kind, value.to(torch.float32))
 
 
-def step_count(engine: Any) -> int:
-    """How many optimizer steps the moments have seen."""
-    counts = {int(state["step"]) for state in _inner(engine).state.values() if "step" in state}
-    assert len(counts) <= 1, counts
-    return counts.pop() if counts else 0
+def step_counts(engine: Any) -> dict[str, int]:
+    """How many optimizer steps the moments of each trainable tensor have seen. Not collective."""
+    state = _inner(engine).state
+    found = {}
+    for name, master in _masters_by_name(engine).items():
+        step = state[master].get("step", 0) if master in state else 0
+        found[name] = int(step)
+    return found
 
 
-def set_step_count(engine: Any, count: int) -> None:
-    """Tell Adam (bias correction) how many steps the moments have seen."""
-    for state in _inner(engine).state.values():
+def set_step_counts(engine: Any, counts: Mapping[str, int]) -> None:
+    """Tell Adam (bias correction) how many steps the moments of each trainable tensor have seen. Not collective.
+
+    Tensors that Adam steps as one (a group, cut by ZeRO) must have the same count.
+    """
+    told: dict[int, int] = {}
+    for name, master in _masters_by_name(engine).items():
+        count = counts[name]
+        assert told.setdefault(id(master), count) == count, f"{name}: two step counts in one group of the optimizer"
+        state = _inner(engine).state[master]
         state["step"] = torch.full_like(state["step"], float(count)) if torch.is_tensor(state["step"]) else count
 
 
@@ -97,6 +178,21 @@ def _masters(engine: Any) -> list[Tensor]:
     return [p for group in wrapper.param_groups for p in group["params"]]
 
 
+def _masters_by_name(engine: Any) -> dict[str, Tensor]:
+    """Trainable tensor -> what Adam steps for it (for many together, where ZeRO flattens a group)."""
+    wrapper = engine.optimizer
+    for masters, groups in (
+        ("fp32_partitioned_groups_flat", "fp16_groups"),
+        ("single_partition_of_fp32_groups", "bit16_groups"),
+        ("fp32_groups_flat_partition", "bf16_groups"),
+    ):
+        if hasattr(wrapper, masters):
+            pairs = zip(getattr(wrapper, masters), getattr(wrapper, groups), strict=True)
+            flat = {id(parameter): master for master, group in pairs for parameter in group}
+            return {name: flat[id(parameter)] for name, parameter in _trainable(engine)}
+    return {name: _master_of(engine, parameter) for name, parameter in _trainable(engine)}
+
+
 def _master_of(engine: Any, parameter: nn.Parameter) -> Tensor:
     """Where nothing is partitioned (stage 0): the fp32 tensor that stands for `parameter`."""
     wrapper = engine.optimizer
@@ -109,8 +205,19 @@ def _master_of(engine: Any, parameter: nn.Parameter) -> Tensor:
     raise AssertionError("a trainable parameter is in no group of the optimizer")
 
 
+def _key(kind: str) -> str | None:
+    """DeepSpeed's name of a kind of value."""
+    return None if kind == "param" else kind
+
+
+def _partition(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
+    """Stage 3: this rank's part of one kind of value, with padding."""
+    part, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, False, optim_state_key=_key(kind))
+    return part.detach()
+
+
 def _read_one(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
-    key = None if kind == "param" else kind
+    key = _key(kind)
     if hasattr(parameter, "ds_id"):
         value = engine.optimizer.get_full_hp_param(parameter, key)
     elif hasattr(parameter, "_hp_mapping"):
@@ -123,9 +230,9 @@ def _read_one(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
 
 
 def _write_one(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    key = None if kind == "param" else kind
+    key = _key(kind)
     if hasattr(parameter, "ds_id"):
-        part, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, False, optim_state_key=key)
+        part = _partition(engine, parameter, kind)
         rank = engine.optimizer._get_param_partition_rank(parameter)
         mine = value.flatten()[rank * part.numel() : (rank + 1) * part.numel()]
         part.data[: mine.numel()].copy_(mine)  # the last rank's part may end in padding

@@ -169,6 +169,33 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """What is done about numbers that go wrong (docs/training.md): a loss or a gradient that is not finite, a spike."""
+
+    skip_budget: int = 8
+    """Steps that may be skipped within `budget_steps`; one more, and the run goes back to a checkpoint, or ends. 0: the
+    first one ends the run."""
+    budget_steps: int = 200
+    """Steps that the budget is for, the newest one included."""
+    spike_factor: float = 10.0
+    """A gradient norm above so many times the largest of the last `window` ones is a spike; 0: none is."""
+    window: int = 128
+    """Accepted steps whose gradient norms are remembered."""
+    least: int = 32
+    """Norms that must be known before one can be a spike."""
+    rollbacks: int = 2
+    """How often the run may go back to a checkpoint; then it ends."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("skip_budget", 0), ("budget_steps", 1), ("window", 1), ("least", 1), ("rollbacks", 0)):
+            _require(getattr(self, name) >= least, f"guard.{name}", getattr(self, name), f"{least} or more")
+        allowed = f"at most guard.window={self.window}, or no spike is ever seen"
+        _require(self.least <= self.window, "guard.least", self.least, allowed)
+        factor = self.spike_factor
+        _require(factor == 0 or 1 < factor < inf, "guard.spike_factor", factor, "a finite number above 1, or 0 (off)")
+
+
+@dataclass(kw_only=True, slots=True)
 class Recipe:
     """Everything a run is made of, apart from hardware."""
 
@@ -201,6 +228,8 @@ class Recipe:
     audit_steps: int = 3
     """Steps without a gradient after which a trainable tensor is an error that names it (docs/training.md); 0: no
     audit."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What is done about steps whose numbers go wrong."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases mode; whatever it does, the run goes on without it."""
 
@@ -339,6 +368,7 @@ def _paths(config: Any, where: str) -> Iterator[tuple[str, Path]]:
 __all__ = [
     "EvalConfig",
     "GenerationConfig",
+    "GuardConfig",
     "ModelConfig",
     "OptimConfig",
     "Recipe",

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "log_every",
     "wandb",
     "audit_steps",
+    "guard",
     "checkpoint_every",
     "checkpoint_keep",
     "eval",

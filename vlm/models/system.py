@@ -10,7 +10,7 @@ The trainer calls the module itself, `system(batch)`; evaluation calls `system.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from vlm.data.pixels import finished
 from vlm.types import Batch, Losses, UserError
-from vlm.weights import state_hash
+from vlm.weights import hash_of_hashes, tensor_hash
+
+_NO_WEIGHTS = "no weights: built on the meta device"
 
 
 class Cost(NamedTuple):
@@ -44,7 +46,15 @@ class System(nn.Module):
     """Whether its losses are views of text (`Batch.views`), in which samples may lack a video or a view; else every
     sample is a clip."""
 
-    _frozen_hash: str | None = None
+    carried: dict[str, Tensor]
+    """What has learnt and trains no more, or is kept from training: name -> its value, whole, fp32, on the CPU, the
+    same on every rank whatever an engine makes of the parameter. A checkpoint holds it, as it holds what trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.carried = {}
+        self._chosen: frozenset[str] | None = None
+        self._sources: dict[str, str] | None = None
 
     def forward(
         self, batch: Batch, scores: bool = False, instead: Callable[[Batch], Any] | None = None
@@ -77,8 +87,13 @@ class System(nn.Module):
         raise NotImplementedError
 
     def trainable(self, name: str) -> bool:
-        """Whether the parameter of this name trains: the one predicate that decides it."""
+        """Whether the parameter of this name is one that this system trains, by its nature: the one predicate that
+        says so. All others are its frozen base, whose values come from a source of their own."""
         return True
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this name trains: `trainable`, unless a recipe chose otherwise (`choose`)."""
+        return self.trainable(name) if self._chosen is None else name in self._chosen
 
     def reached(self, name: str, batch: Batch) -> bool:
         """Whether the losses of this batch depend on the trainable parameter of this name (see vlm.run.audit).
@@ -107,30 +122,84 @@ class System(nn.Module):
         raise NotImplementedError
 
     def freeze(self) -> None:
-        """Set `requires_grad` by `trainable`, and remember the hash of what is frozen."""
+        """Set `requires_grad` by `trainable`, and remember the hashes of what is frozen: where it came from."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trainable(name))
-        self._frozen_hash = self._hash_frozen()
+        self._chosen, self._sources = None, self._hash_each()
+
+    def choose(self, names: Collection[str]) -> None:
+        """Train the parameters of these names and no others. What `trainable` names, or has learnt before, and is not
+        among them is carried on as it is. What begins to train is kept in fp32 from here on."""
+        parameters = dict(self.named_parameters())
+        unknown = set(names) - parameters.keys()
+        assert not unknown, unknown
+        before = {name for name in parameters if self.trains(name)} | {n for n in parameters if self.trainable(n)}
+        self._chosen = frozenset(names)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in names)
+            if name in names:
+                parameter.data = parameter.data.float()
+                self.carried.pop(name, None)
+        self.carry(before - self._chosen - self.carried.keys())
+
+    def carry(self, names: Iterable[str]) -> None:
+        """Remember the values that these parameters have now, as `carried`; they do not train."""
+        parameters = dict(self.named_parameters())
+        for name in sorted(names):
+            parameter = parameters[name]
+            assert not parameter.requires_grad, f"{name} trains, so the optimizer has its value"
+            parameter.data = parameter.data.float()
+            self.carried[name] = parameter.detach().to("cpu", copy=True)
 
     def frozen_hash(self) -> str:
-        """sha256 of names, shapes, dtypes and bytes of the frozen parameters, taken when `freeze` was called.
+        """sha256 of names, shapes, dtypes and bytes of the frozen base, taken when `freeze` was called.
 
-        It identifies the source that frozen weights came from. An engine may cut or cast parameters later; the hash
-        does not change with that.
+        It identifies the source that frozen weights came from. An engine may cut or cast parameters later, and a
+        recipe may have some of them train; the hash does not change with that.
         """
-        if self._frozen_hash is None:
-            self._frozen_hash = self._hash_frozen()
-        return self._frozen_hash
+        return self._joined(self.frozen_hashes()) if self._has_weights() else _NO_WEIGHTS
+
+    def frozen_hashes(self) -> dict[str, str]:
+        """`vlm.weights.tensor_hash` of each tensor of the frozen base, as it was when `freeze` was called."""
+        if self._sources is None:
+            self._sources = self._hash_each()
+        return self._sources
 
     def _hash_frozen(self) -> str:
+        """What `frozen_hash` would be of the values that are there now."""
+        return self._joined(self._hash_each()) if self._has_weights() else _NO_WEIGHTS
+
+    def _hash_each(self) -> dict[str, str]:
+        """`frozen_hashes` of the values that are there now; nothing on the meta device."""
         frozen = {name: p for name, p in self.named_parameters() if not self.trainable(name)}
         if any(p.is_meta for p in frozen.values()):
-            return "no weights: built on the meta device"
-        return state_hash(frozen)
+            return {}
+        return {name: tensor_hash(self.sourced(name, p)) for name, p in frozen.items()}
+
+    def _has_weights(self) -> bool:
+        return not any(p.is_meta for name, p in self.named_parameters() if not self.trainable(name))
+
+    def sourced(self, name: str, tensor: Tensor) -> Tensor:
+        """The part of a frozen tensor that its source holds."""
+        return tensor
+
+    def _joined(self, hashes: Mapping[str, str]) -> str:
+        """One hash of those of the frozen tensors."""
+        return hash_of_hashes(hashes)
 
     def frozen_fits(self, stated: str) -> bool:
         """Whether trained tensors of a checkpoint whose frozen weights had the hash `stated` mean the same here."""
         return stated == self.frozen_hash()
+
+    def frozen_misfits(self, stated: Mapping[str, str], held: Collection[str]) -> list[str]:
+        """The same of hashes tensor by tensor: names of those on which the two disagree.
+
+        Args:
+            stated: `frozen_hashes` that a checkpoint states.
+            held: tensors that the checkpoint holds itself, so that it does not matter what they were.
+        """
+        own = self.frozen_hashes()
+        return [name for name in own if name not in held and own[name] != stated.get(name)]
 
     @property
     def num_layers(self) -> int | None:

@@ -22,6 +22,16 @@ from vlm.weights import diff_keys, file_hash, read_state_dict
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 
 
+def tensors_of(model: System) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint of `model` holds, by name: what trains, what is carried, persistent buffers.
+
+    What trains are the parameters themselves, which an engine may have cut or cast: their fp32 values are the
+    optimizer's. What is carried (`System.carried`, whole, fp32, on the CPU) and the buffers are the same on every rank.
+    """
+    trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trains | model.carried | persistent_buffers(model)
+
+
 def put(model: System, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], subject: str) -> None:
     """Set everything of `model` that a checkpoint holds.
 

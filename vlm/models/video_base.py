@@ -10,7 +10,7 @@ Letters: V videos, F frames of all videos, Q tokens of a frame, N video tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from vlm.models.system import Cost
 from vlm.nn.language import blocks_of
 from vlm.nn.qformer import QFormerConfig, by_video, frame_numbers, read_memory
 from vlm.types import Batch, UserError
-from vlm.weights import state_hash
+from vlm.weights import hash_of_hashes
 
 FROZEN = ("llm.", "tower.")
 """How the names of what never trains begin."""
@@ -232,19 +232,20 @@ class VideoSystem(CausalSystem):
         """By the hash of the tower; without a tower there is nothing to compare."""
         return "" if self.config.tower is None else tower_frames.misfit(self.tower, made)
 
-    def _hash_frozen(self) -> str:
+    def _joined(self, hashes: Mapping[str, str]) -> str:
         """The language model's hash and, with a tower, `+` and the tower's."""
-        parts = [
-            {name: p for name, p in self.named_parameters() if name.startswith(prefix)}
-            for prefix in (FROZEN if self.config.tower is not None else FROZEN[:1])
-        ]
-        if any(p.is_meta for part in parts for p in part.values()):
-            return "no weights: built on the meta device"
-        return "+".join(map(state_hash, parts))
+        prefixes = FROZEN if self.config.tower is not None else FROZEN[:1]
+        return "+".join(hash_of_hashes({n: h for n, h in hashes.items() if n.startswith(p)}) for p in prefixes)
 
     def frozen_fits(self, stated: str) -> bool:
         """Where either side has no tower, the language models alone are compared: stored tokens stand for one."""
         return all(theirs == ours for theirs, ours in zip(stated.split("+"), self.frozen_hash().split("+")))
+
+    def frozen_misfits(self, stated: Mapping[str, str], held: Collection[str]) -> list[str]:
+        """As `frozen_fits`."""
+        differing = super().frozen_misfits(stated, held)
+        both = any(name.startswith(FROZEN[1]) for name in stated)
+        return [name for name in differing if both or not name.startswith(FROZEN[1])]
 
     def cost(self, batch: Batch) -> Cost:
         """What the forward pass over this batch's views costs; the tower has no backward pass."""

@@ -36,7 +36,7 @@ from vlm.models.video_chatgpt_parts import add_words, encodings, owners, with_ma
 from vlm.models.video_chatgpt_start import put_published
 from vlm.nn.llama_layers import Additions
 from vlm.types import Batch, TextRows, UserError
-from vlm.weights import diff_keys, open_tensors, state_hash
+from vlm.weights import diff_keys, open_tensors
 
 Part = Literal["embeddings", "first_layer", "last_layer", "layers", "norm", "lm_head"]
 _BLOCKS = ("first_layer", "last_layer", "layers")
@@ -320,13 +320,9 @@ class VideoChatGpt(CausalSystem):
             "llama.vocab_size": llama["vocab_size"],
         }
 
-    def _hash_frozen(self) -> str:
-        """That of what is frozen of the language model as it was read: rows of the new words follow from it."""
-        frozen = {name: p for name, p in self.named_parameters() if not self.trainable(name)}
-        if any(p.is_meta for p in frozen.values()):
-            return "no weights: built on the meta device"
-        own = self.config.llama.vocab_size
-        return state_hash({name: p[:own] if name in _WORDS else p for name, p in frozen.items()})
+    def sourced(self, name: str, tensor: Tensor) -> Tensor:
+        """Rows of the words that the language model was read with: those of new words follow from them."""
+        return tensor[: self.config.llama.vocab_size] if name in _WORDS else tensor
 
     def cost(self, batch: Batch) -> Cost:
         """What the forward pass over this batch's views costs; parts of the language model that train count as such."""
@@ -334,7 +330,7 @@ class VideoChatGpt(CausalSystem):
         learnt = sum(rows.targets.numel() for rows in batch.views.values())
         moved = 0.0
         for name, parameter in self.named_parameters():
-            if name.startswith("llm.") and parameter.ndim == 2 and self.trainable(name) and name != _WORDS[0]:
+            if name.startswith("llm.") and parameter.ndim == 2 and self.trains(name) and name != _WORDS[0]:
                 moved += 2.0 * parameter.numel() * (learnt if name == _WORDS[1] else cost.tokens)
         moved = min(moved, cost.frozen_flops)  # a narrowed last block costs less
         return cost._replace(trained_flops=cost.trained_flops + moved, frozen_flops=cost.frozen_flops - moved)

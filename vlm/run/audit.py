@@ -183,7 +183,7 @@ class Audit:
 
     def _check_choice(self) -> None:
         model, trained = self.engine.model, set(self.engine.names.values())
-        wrong = [name for name, _ in model.named_parameters() if model.trainable(name) != (name in trained)]
+        wrong = [name for name, _ in model.named_parameters() if model.trains(name) != (name in trained)]
         if wrong:
             raise UserError(
                 f"gradient audit: {_listed(wrong)}: requires_grad says otherwise than "

@@ -92,7 +92,7 @@ class System(nn.Module):
         return True
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter of this name trains: `trainable`, unless a recipe chose otherwise (`choose`)."""
+        """Whether the parameter of this name trains: `trainable`, unless a recipe chose otherwise (`train_only`)."""
         return self.trainable(name) if self._chosen is None else name in self._chosen
 
     def reached(self, name: str, batch: Batch) -> bool:
@@ -127,7 +127,7 @@ class System(nn.Module):
             parameter.requires_grad_(self.trainable(name))
         self._chosen, self._sources = None, self._hash_each()
 
-    def choose(self, names: Collection[str]) -> None:
+    def train_only(self, names: Collection[str]) -> None:
         """Train the parameters of these names and no others. What `trainable` names, or has learnt before, and is not
         among them is carried on as it is. What begins to train is kept in fp32 from here on."""
         parameters = dict(self.named_parameters())

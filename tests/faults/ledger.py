@@ -1,0 +1,50 @@
+"""The ledger of trials: tests/faults/ledger.jsonl, a row a trial, only ever appended to.
+
+Rows: {kind, seed, survived, detail, commit, seconds}. `detail` says what was injected where, or what did not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.faults.jobs import ROOT, append
+
+LEDGER = ROOT / "tests" / "faults" / "ledger.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One trial."""
+
+    kind: str
+    seed: int
+    survived: bool
+    detail: str
+    commit: str
+    seconds: float
+
+
+def read(path: Path = LEDGER) -> list[Row]:
+    """All rows of a ledger; none where there is no file."""
+    return [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def write(row: Row, path: Path = LEDGER) -> None:
+    """Append a row; several processes may at once."""
+    append(path, json.dumps(asdict(row), ensure_ascii=False) + "\n")
+
+
+def series(kinds: Sequence[str], seed: int, count: int) -> Iterator[tuple[str, int]]:
+    """`count` trials (kind, seed): all kinds in random order, then all in another, and so on. The same for the same
+    arguments, and those of a smaller count come first."""
+    rng = random.Random(seed)
+    while count > 0:
+        order = sorted(kinds)
+        rng.shuffle(order)
+        for kind in order[:count]:
+            yield kind, rng.randrange(10**9)
+        count -= len(order)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vlm.files import atomic_file
+from vlm.tensor_files import layout_of
 from vlm.types import UserError
 from vlm.weight_files import (
     CONTAINERS,
@@ -257,12 +256,6 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 # ---------------------------------------------------------------------------------------------- writing
 
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-
 
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
@@ -287,22 +280,10 @@ def stream_safetensors(
     Args:
         described: name -> dtype and shape of what `load` will give.
     """
-    # the largest elements first: each tensor stays aligned
-    order = sorted(described, key=lambda name: (-described[name][0].itemsize, name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in order:
-        dtype, shape = described[name]
-        if dtype not in SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name} has dtype {dtype}, which safetensors cannot hold.")
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    layout = layout_of(described, metadata, path)
     with atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
+        file.write(layout.header)
+        for name in layout.places:
             tensor = load(name)
             assert (tensor.dtype, tuple(tensor.shape)) == described[name], f"{name} is not as described"
             file.write(_bytes(tensor))

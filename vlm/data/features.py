@@ -20,8 +20,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vlm.data.video import DecodeError
+from vlm.tensor_files import DTYPES
 from vlm.types import Record
-from vlm.weights import SAFETENSORS_DTYPES
 
 MEMBER = "features.npy"
 
@@ -106,7 +106,7 @@ def _in_npy(data: memoryview) -> _Place | None:
 
 
 _NPY_HEAD = 4096  # bytes in which the header of an array ends, or it is no plain one
-_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def _read_array(data: bytes | memoryview) -> np.ndarray:

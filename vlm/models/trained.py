@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vlm.config import differences, to_dict
 from vlm.models.system import System
+from vlm.tensor_files import check_file
 from vlm.types import UserError
-from vlm.weights import diff_keys, file_hash, read_state_dict
+from vlm.weights import diff_keys, read_state_dict
 
 MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 
@@ -81,10 +82,9 @@ def start_from(model: System, folder: Path, shared: Sequence[str] = ()) -> None:
             f"model.init_from={folder}: is no checkpoint of ours (a folder with {MANIFEST}) and no run folder. A "
             f"published file is converted first: python tools/convert_ckpt.py {folder} FOLDER --from FORMAT --to vlm"
         )
-    manifest, stated = _manifest(folder)
+    manifest = _manifest(folder)
     tensors = read_state_dict(folder / WEIGHTS)
-    if file_hash(folder / WEIGHTS) != stated:
-        raise UserError(f"{folder / WEIGHTS}: content differs from the manifest (damaged on disk?); use another one")
+    check_file(folder / WEIGHTS, manifest)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if shared and not tensors.keys() <= trained:
         _put_shared(model, tensors, manifest, str(folder), tuple(shared))
@@ -115,7 +115,7 @@ def _put_shared(
 def other_rows(folder: Path, inputs: Any) -> str:
     """What of a recipe's `inputs` is not what the released file was trained with that this checkpoint was converted
     from, with the mend; "" where nothing is, or where nothing is known of it."""
-    stated = _manifest(folder)[0].get("inputs") or {}
+    stated = _manifest(folder).get("inputs") or {}
     own = to_dict(inputs)
     other = {name: value for name, value in stated.items() if name in own and own[name] != value}
     if not other:
@@ -125,12 +125,14 @@ def other_rows(folder: Path, inputs: Any) -> str:
     return f"{folder} was trained on rows made otherwise (its -> this recipe's): {told}. To run it as it was: {mend}"
 
 
-def _manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    """A checkpoint's manifest, and the sha256 of its weights."""
+def _manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, which says of its weights how to check them."""
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text())
-        return manifest, manifest["files"][WEIGHTS]["sha256"]
+        entry = manifest["files"][WEIGHTS]
+        _ = entry["bytes"], entry["header_sha256"] if "header_sha256" in entry else entry["sha256"]
+        return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: is damaged ({error!r}); use another checkpoint") from error
 

@@ -7,7 +7,8 @@ derived here, once.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 
 from vlm.data.loader import MicroBatch, micro_steps
 from vlm.distributed import World, sum_over_ranks
+from vlm.models import trained
 from vlm.models.quantised import is_quantised
 from vlm.models.system import System
 from vlm.recipe import OptimConfig, Recipe
 from vlm.run import zero_state
 from vlm.run.modalities import Modalities
 from vlm.run.optim import parameter_groups
+from vlm.run.veto import Reason, Veto
 from vlm.types import COUNTERS, UserError
 
 
@@ -69,6 +72,17 @@ class StepResult:
     counts: dict[str, int]  # elements each loss was averaged over
     grad_norm: float  # global L2 norm before clipping
     counters: dict[str, int] = field(default_factory=dict)  # what had to be cut of rows of text, over all ranks
+    skipped: Reason | None = None  # why nothing was learnt from it; None: it was
+    limit: float = math.inf  # largest gradient norm that was allowed
+    here: Here | None = None  # of a step that was skipped: what this rank had
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What one rank's part of a skipped step was."""
+
+    loss: float  # weighted sum of the mean losses of this rank's samples
+    keys: tuple[str, ...]  # samples whose loss is not finite; all of them, where each one's is
 
 
 class Engine:
@@ -97,24 +111,65 @@ class Engine:
             )
         zero_state.forget_warm_up(self)
         self._untaught = 0
+        self._norm: float | None = None  # where DeepSpeed keeps none
+        self._veto = Veto(self._adams(), self._grad_norm)
         steps = config["gradient_accumulation_steps"]
         self.modalities = Modalities(model.reads_text, recipe.inputs, recipe.views, steps, world)
 
-    def step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+    def step(self, micro_batches: Sequence[MicroBatch], lr: float, limit: float | None = None) -> StepResult:
         """One optimizer step over the global batch.
 
         The loss is averaged over the *global* batch: sums of all micro-batches of all ranks divided by their counts,
         so it does not depend on how the batch was cut. Nor on which rank has which kind of sample, or none at all
         (vlm.run.modalities).
 
+        Args:
+            limit: largest norm of the gradient (inf: any finite one) with which the step is made. Else, or where a
+                loss is not finite, no rank makes it, and weights, moments and buffers stay as they are, to the bit.
         Raises:
-            FloatingPointError: a loss or the gradient is not finite; nothing was stepped if it was a loss.
+            FloatingPointError: `limit` is None, and a loss or the gradient is not finite; nothing was stepped.
         """
         micro_batches = self.modalities.complete(micro_batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         totals, counters = self._global_counts(micro_batches)
-        sums = dict.fromkeys(totals, 0.0)
+        self._refuse_untaught(totals, micro_batches)
+        buffers = {name: value.detach().clone() for name, value in trained.persistent_buffers(self.model).items()}
+        tally = _Tally(self.recipe.views)
+        self.deepspeed.train()
+        for number, item in enumerate(micro_batches, 1):
+            self._backward(item, totals, tally)
+            if number == len(micro_batches):
+                summed = sum_over_ranks(list(tally.sums.values()), self.world.device)
+                losses = {name: value / max(totals[name], 1) for name, value in zip(tally.sums, summed)}
+                loss = sum(self.recipe.views[name] * value for name, value in losses.items())
+                self._norm = self._plain_grad_norm()
+                self._veto.begin(loss, math.inf if limit is None else limit)
+            self.deepspeed.step()
+        skipped, norm = self._veto.outcome()
+        if skipped:
+            for name, value in trained.persistent_buffers(self.model).items():
+                value.data.copy_(buffers[name])  # the forward pass writes running statistics
+        here = tally.here() if skipped else None
+        if here is not None and limit is None:
+            what = f"a loss is not finite: {losses}" if skipped == "loss" else f"the gradient norm is {norm}"
+            raise FloatingPointError(f"{what}; samples on rank {self.world.rank}: {', '.join(here.keys)}")
+        counts = {name: int(total) for name, total in totals.items()}
+        return StepResult(loss, losses, counts, norm, counters, skipped, math.inf if limit is None else limit, here)
+
+    def _backward(self, item: MicroBatch, totals: dict[str, float], tally: _Tally) -> None:
+        """Forward and backward pass of one micro-batch; `tally` takes note of its losses."""
+        terms = self.deepspeed(item.batch.to(self.world.device))
+        objective = torch.zeros((), device=self.world.device)
+        for name, term in terms.items():
+            weight = self.recipe.views[name] * item.weight / max(totals[name], 1)
+            # DeepSpeed averages gradients over ranks, hence the factor world size.
+            objective = objective + term.total.float() * (weight * self.world.size)
+        tally.add(item, {name: (float(term.total.detach()), int(term.count)) for name, term in terms.items()})
+        self.deepspeed.backward(objective, scale_wrt_gas=False)
+
+    def _refuse_untaught(self, totals: dict[str, float], micro_batches: Sequence[MicroBatch]) -> None:
+        """UserError where for some steps on end no batch has anything to learn."""
         self._untaught = 0 if any(totals.values()) else self._untaught + 1
         if self._untaught == UNTAUGHT_STEPS:
             raise UserError(
@@ -122,28 +177,6 @@ class Engine:
                 f"label is masked or cut away; samples on rank {self.world.rank}: {_keys(micro_batches)}. Look at the "
                 "prompts and at inputs.max_length"
             )
-        self.deepspeed.train()
-        for number, item in enumerate(micro_batches, 1):
-            batch = item.batch.to(self.world.device)
-            terms = self.deepspeed(batch)
-            objective = torch.zeros((), device=self.world.device)
-            for name, term in terms.items():
-                weight = self.recipe.views[name] * item.weight / max(totals[name], 1)
-                # DeepSpeed averages gradients over ranks, hence the factor world size.
-                objective = objective + term.total.float() * (weight * self.world.size)
-                sums[name] += float(term.total.detach()) * item.weight
-            self.deepspeed.backward(objective, scale_wrt_gas=False)
-            if number == len(micro_batches):
-                losses = self._reduce(sums, totals, micro_batches)
-                norm = self._plain_grad_norm()
-            self.deepspeed.step()
-        norm = self._zero_grad_norm() if norm is None else norm
-        if not torch.isfinite(torch.tensor(norm)):
-            raise FloatingPointError(
-                f"the gradient norm is {norm}; samples on rank {self.world.rank}: {_keys(micro_batches)}"
-            )
-        loss = sum(self.recipe.views[name] * value for name, value in losses.items())
-        return StepResult(loss, losses, {name: int(total) for name, total in totals.items()}, norm, counters)
 
     def _global_counts(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, float], dict[str, int]]:
         """Elements of each loss in the global batch, known before the first backward, so nothing is rescaled; and what
@@ -165,17 +198,6 @@ class Engine:
         lost = {name: int(count) for name, count in zip(COUNTERS, counters)} if any(counters) else {}
         return dict(zip(names, totals)), lost
 
-    def _reduce(
-        self, sums: dict[str, float], totals: dict[str, float], micro_batches: Sequence[MicroBatch]
-    ) -> dict[str, float]:
-        values = sum_over_ranks(list(sums.values()), self.world.device)
-        losses = {name: value / max(totals[name], 1) for name, value in zip(sums, values)}
-        if not all(torch.isfinite(torch.tensor(list(losses.values())))):
-            raise FloatingPointError(
-                f"a loss is not finite: {losses}; samples on rank {self.world.rank}: {_keys(micro_batches)}"
-            )
-        return losses
-
     def _plain_grad_norm(self) -> float | None:
         """Global gradient norm where DeepSpeed runs the plain optimizer (stage 0, fp32) and keeps none itself."""
         if self.optimizer is not self.deepspeed.basic_optimizer:
@@ -183,9 +205,39 @@ class Engine:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def _zero_grad_norm(self) -> float:
-        norm = self.deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+    def _grad_norm(self) -> float:
+        """The gradient's global norm while DeepSpeed makes its step, when Adam is called."""
+        norm = self.optimizer._global_grad_norm if self._norm is None else self._norm
+        return math.nan if norm is None else float(norm)
+
+    def _adams(self) -> list[torch.optim.Optimizer]:
+        """All that DeepSpeed steps: the Adam given to it, and its own for what it does not offload."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return [inner, *filter(None, [getattr(self.optimizer, "backup_optimizer", None)])]
+
+
+class _Tally:
+    """The losses of this rank's micro-batches, as they come."""
+
+    def __init__(self, views: Mapping[str, float]) -> None:
+        self.views = views
+        self.sums = dict.fromkeys(views, 0.0)
+        self._counts = dict.fromkeys(views, 0)
+        self._keys: list[str] = []
+        self._bad: list[str] = []
+
+    def add(self, item: MicroBatch, terms: Mapping[str, tuple[float, int]]) -> None:
+        """Take note of a micro-batch: loss -> (sum, number of elements)."""
+        for name, (total, count) in terms.items():
+            self.sums[name] += total * item.weight
+            self._counts[name] += count * item.weight
+        self._keys += item.batch.keys
+        if not all(math.isfinite(total) for total, _ in terms.values()):
+            self._bad += item.batch.keys
+
+    def here(self) -> Here:
+        means = (self.views[name] * total / max(self._counts[name], 1) for name, total in self.sums.items())
+        return Here(sum(means), tuple(self._bad or self._keys))
 
 
 def _keys(micro_batches: Sequence[MicroBatch]) -> str:

@@ -10,6 +10,8 @@ long series may be cut short and goes on. Exit status 1: something did not survi
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -46,18 +48,16 @@ def main() -> int:
     if rows:
         print(f"{len(rows)} of them are in the ledger already", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="vlm-faults-"))
-    _preload()
     try:
         workshop = Workshop(folder)
         assert workshop.shards.is_dir()
+        _preload(workshop)
         for number, (name, trial_seed) in enumerate(todo, 1):
             row = _try(workshop, kinds[name], trial_seed, commit, keep=options.keep)
             ledger.write(row, options.ledger)
             rows.append(row)
-            verdict = "survived" if row.survived else "DID NOT SURVIVE"
-            print(
-                f"{number}/{len(todo)} {name} seed {trial_seed}: {verdict} ({row.seconds} s): {row.detail}", flush=True
-            )
+            verdict = f"{'survived' if row.survived else 'DID NOT SURVIVE'} ({row.seconds} s): {row.detail}"
+            print(f"{number}/{len(todo)} {name} seed {trial_seed}: {verdict}", flush=True)
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -85,18 +85,30 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _preload() -> None:
-    """Import once what every run needs."""
-    import deepspeed
-    import deepspeed.ops
+def _preload(workshop) -> None:  # type: ignore[no-untyped-def]
+    """Import once what every run needs: what one run, in a process of its own, was seen to import (1 s of each)."""
+    import importlib
+
+    import deepspeed  # noqa: F401
     import torch
 
-    import vlm.data.clips
-    import vlm.run.command
     import vlm.run.train
+    from tests.faults.harness import Setting, Trial
 
-    assert deepspeed.ops and vlm.data.clips and vlm.run.command and vlm.run.train
     torch.set_num_threads(1)
+    assert vlm.run.train
+    folder = workshop.folder / "first"
+    folder.mkdir()
+
+    def note(rank: int) -> None:
+        atexit.register(lambda: (folder / "modules").write_text("\n".join(sys.modules)))
+
+    Trial(workshop, "first", 0, folder).run(Setting(stage=3), note)
+    for name in (folder / "modules").read_text().split():
+        with contextlib.suppress(Exception):  # names that modules made up for themselves
+            importlib.import_module(name)
+    threads = list(Path("/proc/self/task").iterdir())
+    assert len(threads) == 1, "runs cannot be forked from a process with threads"
 
 
 def _try(workshop, kind, seed: int, commit: str, keep: bool):  # type: ignore[no-untyped-def]

@@ -58,6 +58,11 @@ class Order:
         """The epoch (from 0) that `position` belongs to."""
         return position // self.size
 
+    @property
+    def held(self) -> int:
+        """Bytes of the permutations that it remembers."""
+        return sum(value.nbytes for value in self._cache.values())
+
     def row(self, position: int) -> int:
         """The index row at `position` >= 0. Cost: one permutation of size/block numbers an epoch, then lookups."""
         epoch, offset = divmod(position, self.size)

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
-from vlm import distributed
+from vlm import distributed, starters
 from vlm.distributed import share
+from vlm.rendezvous import hashed_port
+from vlm.starters import find_starter
 from vlm.types import UserError
 
 SCRIPT = """
@@ -28,9 +30,8 @@ leave()
 @pytest.fixture
 def clean(monkeypatch):
     for name in (
-        *distributed._VARIABLES,
-        "SLURM_STEP_ID",
-        "SLURM_NTASKS",
+        *starters.VARIABLES,
+        *(name for name in os.environ if name.startswith("SLURM_")),
         "OMPI_COMM_WORLD_SIZE",
         "PMI_SIZE",
         "PMIX_RANK",
@@ -68,20 +69,66 @@ def test_mpirun(clean, tmp_path):
     assert result_of(command) == "2 mpi [3.0, 20.0] ['rank 0', 'rank 1'] told"
 
 
-def test_srun_is_mapped_and_needs_an_address(clean):
-    for name, value in (("STEP_ID", "0"), ("NTASKS", "4"), ("PROCID", "3"), ("LOCALID", "1")):
+@pytest.fixture
+def task(clean):
+    """As in task 3 of a step of 4, started by srun alone."""
+    for name, value in (
+        ("JOB_ID", "42"),
+        ("STEP_ID", "0"),
+        ("NTASKS", "4"),
+        ("PROCID", "3"),
+        ("LOCALID", "1"),
+        ("STEP_NODELIST", "localhost,b[1-2]"),
+        ("LAUNCH_NODE_IPADDR", "203.0.113.9"),
+    ):
         clean.setenv(f"SLURM_{name}", value)
-    for name in distributed._VARIABLES:  # so that what the function sets is undone
+    for name in starters.VARIABLES:  # so that what the function sets is undone
         clean.setenv(name, "x")
         clean.delenv(name)
-    with pytest.raises(UserError, match="MASTER_ADDR and MASTER_PORT"):
-        distributed._find_starter()
-    clean.setenv("MASTER_ADDR", "host")
-    clean.setenv("MASTER_PORT", "1234")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        clean.delenv(name)
-    assert distributed._find_starter() == "slurm"
-    assert [distributed.os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
+    return clean
+
+
+def seen():
+    return [os.environ[name] for name in starters.VARIABLES]
+
+
+def test_srun_alone_is_enough(task):
+    assert find_starter() == "slurm"
+    assert seen() == ["3", "4", "1", "localhost", str(hashed_port())]
+
+
+def test_what_the_user_says_of_a_step_stays(task):
+    task.setenv("MASTER_PORT", "1234")
+    assert find_starter() == "slurm"
+    assert seen() == ["3", "4", "1", "localhost", "1234"]
+
+
+def test_a_step_without_hosts_is_told(task):
+    task.delenv("SLURM_STEP_NODELIST")
+    with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST is not set.*export MASTER_ADDR"):
+        find_starter()
+
+
+def test_the_shell_of_salloc_is_one_process(task):
+    task.setenv("SLURM_STEP_NUM_TASKS", "1")  # of a job of four
+    assert find_starter() == "single"
+    assert seen()[:4] == ["0", "1", "0", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "want"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpi"),  # Open MPI's daemons are started by srun
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "mpi"),  # MPICH's too
+        ({"PMI_SIZE": "4", "PMI_RANK": "3"}, "slurm"),  # srun --mpi=pmi2
+        ({"PMIX_RANK": "3"}, "slurm"),
+    ],
+)
+def test_mpirun_within_a_job_is_told_from_srun(task, variables, want):
+    for name, value in variables.items():
+        task.setenv(name, value)
+    task.setattr(starters, "_from_mpi", lambda: None)
+    assert find_starter() == want
 
 
 def test_a_job_of_one_task_finds_itself(clean):
@@ -92,14 +139,14 @@ def test_a_job_of_one_task_finds_itself(clean):
         clean.delenv(name)
     clean.setenv("MASTER_ADDR", "host")
     clean.setenv("MASTER_PORT", "1234")
-    assert distributed._find_starter() == "slurm"
-    assert [distributed.os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "0"]
+    assert find_starter() == "slurm"
+    assert [os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "0"]
 
 
 def test_a_half_set_environment_is_refused(clean):
     clean.setenv("RANK", "0")
     with pytest.raises(UserError, match="only RANK"):
-        distributed._find_starter()
+        find_starter()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 4096])

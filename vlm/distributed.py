@@ -1,15 +1,10 @@
-"""Processes: find out how this one was started, join the group, and a few collectives with plain names.
-
-Understood starters, in this order: `deepspeed` / `torchrun` (RANK, WORLD_SIZE, … are set), `srun` (SLURM_PROCID, …),
-`mpirun` (found through mpi4py), and none of these (a single process).
-"""
+"""Processes: join the group that this one was started for (vlm.starters), and a few collectives with plain names."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +14,14 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from vlm.meeting import join_group, open_meeting
+from vlm.starters import find_starter
 from vlm.types import UserError
 
 ValueT = TypeVar("ValueT")
 
 # How many processes share a host: torchrun, deepspeed, mpirun.
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +54,10 @@ def join(timeout_minutes: float = 30.0) -> World:
 
     Raises:
         UserError: the environment names a process group only in part, or fewer GPUs than processes on this host.
+        NoRendezvous: rank 0 is not reached, a rank does not come, or a first sum over all fails: one line that says
+            which (vlm.meeting), after VLM_RENDEZVOUS_SECONDS at the latest.
     """
-    starter = _find_starter()
+    meeting = open_meeting(find_starter())
     cuda = on_cuda()
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -82,10 +80,10 @@ def join(timeout_minutes: float = 30.0) -> World:
         device = torch.device("cpu")
         _share_cores()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes)
-    )
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, starter)
+    timeout = timedelta(minutes=timeout_minutes)
+    join_group(meeting, backend, device, timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    return World(meeting.rank, meeting.size, local_rank, device, meeting.starter)
 
 
 def _share_cores() -> None:
@@ -114,64 +112,6 @@ def end(status: int = 0) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
     os._exit(status)
-
-
-def _find_starter() -> str:
-    """Fill in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT where they are missing; return who started us."""
-    given = [name for name in _VARIABLES if name in os.environ]
-    if len(given) == len(_VARIABLES):
-        return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "deepspeed"
-    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    if "SLURM_STEP_ID" in os.environ and (several or set(given) == {"MASTER_ADDR", "MASTER_PORT"}):
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ.get("SLURM_NTASKS", "1")
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise UserError(
-                f"started by srun with {os.environ['SLURM_NTASKS']} tasks, but {' and '.join(missing)} is not set: "
-                "export the address of the first node of the step and a free port before srun"
-            )
-        return "slurm"
-    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
-        _from_mpi()
-        return "mpi"
-    if given:
-        raise UserError(
-            f"only {', '.join(given)} of {', '.join(_VARIABLES)} are set: start through deepspeed, torchrun, srun or "
-            "mpirun, or unset them for a single process"
-        )
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    return "single"
-
-
-def _from_mpi() -> None:
-    """Ranks from MPI; rank 0's address and a free port of its host are sent to all."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: the wheel found no libmpi
-        raise UserError(
-            f"started by mpirun, but mpi4py cannot be used ({error}): pip install -e '.[mpi]' and an MPI library "
-            "(Debian: openmpi-bin libopenmpi3)"
-        ) from error
-    world = MPI.COMM_WORLD
-    local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    one_host = local.Get_size() == world.Get_size()
-    address = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
-    address, port = world.bcast((address, _free_port()) if world.Get_rank() == 0 else None, root=0)
-    os.environ.update(
-        RANK=str(world.Get_rank()),
-        WORLD_SIZE=str(world.Get_size()),
-        LOCAL_RANK=str(local.Get_rank()),
-        MASTER_ADDR=os.environ.get("MASTER_ADDR", address),
-        MASTER_PORT=os.environ.get("MASTER_PORT", str(port)),
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

@@ -7,9 +7,14 @@ class UserError(ValueError):
     """An error a user can cause and mend. Its message names the file, the value, why it matters and the mend."""
 
 
+class NoRendezvous(UserError):
+    """The processes of a run did not find one another: another start, on other hosts or at another port, may do."""
+
+
 class Preempted(Exception):
     """The run was told to stop (a signal), has saved, and goes on when the same command is given again."""
 
 
 PREEMPTED, HUNG = 85, 86
-"""Exit statuses that ask for the same command again: stopped by a signal and saved; stalled, told and ended."""
+"""Exit statuses that ask for the same command again: stopped by a signal and saved; stalled, or processes that did not
+find one another, told and ended."""

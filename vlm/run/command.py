@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from vlm.config import describe, to_dict
 from vlm.data.mix import is_elsewhere, parse_mix
-from vlm.errors import PREEMPTED, Preempted, UserError
+from vlm.errors import HUNG, PREEMPTED, NoRendezvous, Preempted, UserError
 from vlm.recipe import Recipe, TrainData, as_continued, check_files, check_inputs, check_name, families, load, names
 
 _TRAIN_PAGE = """\
@@ -53,11 +53,11 @@ examples:
   python launch/chat.py --recipe video_chatgpt.instruct --checkpoint FILE.bin \\
       --encoder pretrained/clip-vit-large-patch14 --video clip.mp4
 """
-# Variables of deepspeed and torchrun, srun, and mpirun: rank, number of processes.
+# Variables of deepspeed and torchrun, mpirun, srun: rank, number of processes.
 _PLACES = (
     ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # before Slurm's, which mpirun's daemons pass on
     ("SLURM_PROCID", "SLURM_NTASKS"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
 )
 # How long a process waits with an error: the launcher ends it before, where the first process had the same error.
@@ -164,7 +164,7 @@ def _guarded(job: Job, parser: _Parser, arguments: list[str] | None) -> int:
             job(options, at_exit)
         except UserError as error:
             _tell(f"error: {error}")
-            return 2
+            return HUNG if isinstance(error, NoRendezvous) else 2
         except Preempted as stopped:
             if place()[0] == 0:
                 sys.stderr.write(f"stopped: {stopped}; the same command goes on\n")

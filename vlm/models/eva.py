@@ -1,7 +1,8 @@
 """The frozen part that sees: EVA ViT-g/14 and BLIP-2's Q-Former, 32 tokens a frame (BLIP-2, arXiv 2301.12597).
 
 transformers' Blip2VisionModel and Blip2QFormerModel, as Video-LLaMA (arXiv 2306.02858) uses them: the output of the
-39th block of ViT-g, a LayerNorm of epsilon 1e-5, queries that read it. It never trains, has no graph and no dropout.
+39th block of ViT-g, a LayerNorm of epsilon 1e-5, queries that read it. It has no dropout, and a graph only where a
+recipe unfreezes some of it.
 
 Letters: F frames, C H W colours, height, width, Q queries (tokens of a frame), D width of the Q-Former.
 """
@@ -135,7 +136,7 @@ class TowerConfig:
 
 
 class Tower(nn.Module):
-    """Frames -> tokens. Always in evaluation mode, always without a graph."""
+    """Frames -> tokens. Always in evaluation mode, and without a graph unless some of it is to train."""
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -159,12 +160,13 @@ class Tower(nn.Module):
         """Stays in evaluation mode, whatever becomes of what is around it."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
         """(F, C, H, W) normalised frames -> (F, Q, D)."""
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         other_size = tuple(frames.shape[-2:]) != (self.image_size, self.image_size)
-        seen = self.vision(frames, interpolate_pos_encoding=other_size).last_hidden_state
-        return read_memory(self.qformer, self.query_tokens.expand(len(frames), -1, -1), seen, None)
+        with torch.set_grad_enabled(learns):
+            seen = self.vision(frames, interpolate_pos_encoding=other_size).last_hidden_state
+            return read_memory(self.qformer, self.query_tokens.expand(len(frames), -1, -1), seen, None)
 
 
 def check_frames(frames: Tensor, config: TowerConfig, named: str) -> None:

@@ -10,13 +10,15 @@ The trainer calls the module itself, `system(batch)`; evaluation calls `system.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vlm.data.pixels import finished
+from vlm.nn.mixed import adapt
 from vlm.types import Batch, Losses, UserError
 from vlm.weights import hash_of_hashes, tensor_hash
 
@@ -129,27 +131,34 @@ class System(nn.Module):
 
     def train_only(self, names: Collection[str]) -> None:
         """Train the parameters of these names and no others. What `trainable` names, or has learnt before, and is not
-        among them is carried on as it is. What begins to train is kept in fp32 from here on."""
+        among them is carried on as it is. What begins to train is fp32 from here on."""
         parameters = dict(self.named_parameters())
         unknown = set(names) - parameters.keys()
         assert not unknown, unknown
-        before = {name for name in parameters if self.trains(name)} | {n for n in parameters if self.trainable(n)}
+        learnt = {name for name in parameters if self.trains(name) or self.trainable(name)} | self.carried.keys()
         self._chosen = frozenset(names)
+        self.keep_wide(names)
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in names)
-            if name in names:
-                parameter.data = parameter.data.float()
-                self.carried.pop(name, None)
-        self.carry(before - self._chosen - self.carried.keys())
+        for name in self.carried.keys() & self._chosen:
+            del self.carried[name]
+        self.carry(learnt - self._chosen - self.carried.keys())
 
-    def carry(self, names: Iterable[str]) -> None:
+    def carry(self, names: Collection[str]) -> None:
         """Remember the values that these parameters have now, as `carried`; they do not train."""
         parameters = dict(self.named_parameters())
+        self.keep_wide(names)
         for name in sorted(names):
-            parameter = parameters[name]
-            assert not parameter.requires_grad, f"{name} trains, so the optimizer has its value"
+            assert not parameters[name].requires_grad, f"{name} trains, so the optimizer has its value"
+            self.carried[name] = parameters[name].detach().to("cpu", copy=True)
+
+    def keep_wide(self, names: Collection[str]) -> None:
+        """Store these parameters in fp32, among others of fewer bits too."""
+        narrow = {n: p for n, p in self.named_parameters() if n in names and p.dtype != torch.float32}
+        for parameter in narrow.values():
             parameter.data = parameter.data.float()
-            self.carried[name] = parameter.detach().to("cpu", copy=True)
+        for part in {name.split(".")[0] for name in narrow}:
+            adapt(self.get_submodule(part))
 
     def frozen_hash(self) -> str:
         """sha256 of names, shapes, dtypes and bytes of the frozen base, taken when `freeze` was called.

@@ -7,7 +7,7 @@ load without complaint and answer at chance. So both are compared, and what cont
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from vlm.config import differences, to_dict
+from vlm.models.freezing import check_can_train
 from vlm.models.system import System
-from vlm.tensor_files import check_file
+from vlm.tensor_files import check_file, seal
 from vlm.types import UserError
 from vlm.weights import diff_keys, read_state_dict
 
@@ -36,33 +37,55 @@ def tensors_of(model: System) -> dict[str, Tensor]:
 def put(model: System, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], subject: str) -> None:
     """Set everything of `model` that a checkpoint holds.
 
+    A checkpoint holds at least what the model trains by its nature. What it holds besides, because a recipe had it
+    trained (`unfreeze`), is set too and carried on.
+
     Args:
-        manifest: the checkpoint's: the hash of the frozen weights, and the recipe where it says it.
+        manifest: the checkpoint's: hashes of the frozen weights, and the recipe where it says it.
         subject: names the checkpoint in messages.
     Raises:
         UserError: names or shapes differ from the model's, or it was trained on other frozen weights, or with other
             decisive settings.
     """
-    want = {name: p for name, p in model.named_parameters() if p.requires_grad} | persistent_buffers(model)
+    parameters = dict(model.named_parameters())
+    besides = tensors.keys() & {name for name in parameters if not model.trainable(name)}
+    want: dict[str, Tensor] = {n: p for n, p in parameters.items() if model.trainable(n) or n in besides}
+    want |= persistent_buffers(model)
     difference = diff_keys(tensors, want)
     other, contradictions = _other_settings(manifest, model)
     settings = f"\nSettings, the checkpoint's -> this recipe's: {', '.join(other)}" if other else ""
     if difference:
         raise UserError(f"{subject}: does not fit this recipe's model: {difference}{settings}")
-    if not model.frozen_fits(manifest["frozen_hash"]):
-        raise UserError(
-            f"{subject}: was trained on other frozen weights (hash {manifest['frozen_hash']}) than this recipe loads "
-            f"({model.frozen_hash()}); give the same frozen base, or the result is noise{settings}"
-        )
+    _check_base(model, manifest, tensors.keys(), subject, settings)
     if contradictions:
         raise UserError(
             f"{subject}: was trained with other settings (the checkpoint's -> this recipe's): "
             f"{', '.join(contradictions)}. With these its weights compute something else; give the recipe the "
             "checkpoint's values"
         )
+    check_can_train(model, besides, f"{subject} holds what was trained of the frozen base, but")
+    model.keep_wide(besides)
     with torch.no_grad():
         for name, target in want.items():
             target.copy_(tensors[name])
+    model.carry({name for name in parameters.keys() & tensors.keys() if not parameters[name].requires_grad})
+
+
+def _check_base(model: System, manifest: Mapping[str, Any], held: Collection[str], subject: str, settings: str) -> None:
+    """UserError where the frozen weights that a checkpoint was trained on are not this model's, but for those that it
+    holds itself."""
+    if model.frozen_fits(manifest["frozen_hash"]):
+        return
+    stated, which = manifest.get("frozen"), ""
+    if stated:
+        differing = model.frozen_misfits(stated, held)
+        if not differing:
+            return
+        which = f": {', '.join(differing[:3])}{', …' if len(differing) > 3 else ''}"
+    raise UserError(
+        f"{subject}: was trained on other frozen weights (hash {manifest['frozen_hash']}) than this recipe loads "
+        f"({model.frozen_hash()}){which}; give the same frozen base, or the result is noise{settings}"
+    )
 
 
 def start_from(model: System, folder: Path, shared: Sequence[str] = ()) -> None:
@@ -126,14 +149,14 @@ def other_rows(folder: Path, inputs: Any) -> str:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, which says of its weights how to check them."""
+    """A checkpoint's manifest; UserError: it is damaged."""
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text())
-        entry = manifest["files"][WEIGHTS]
-        _ = entry["bytes"], entry["header_sha256"] if "header_sha256" in entry else entry["sha256"]
+        assert isinstance(manifest["files"][WEIGHTS], dict)
+        assert manifest.get("manifest_sha256") in (None, seal(manifest)["manifest_sha256"]), "another sha256"
         return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"{file}: is damaged ({error!r}); use another checkpoint") from error
 
 

@@ -122,7 +122,8 @@ def parse(text: str, kind: Any, path: str) -> Any:
                 return option
         raise UserError(f"{path}={text}: expected one of {', '.join(map(str, arguments))}")
     if origin is tuple:
-        items = [item for item in text.strip("()[]").split(",") if item.strip()]
+        bare = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text  # what patterns end with stays
+        items = [item for item in bare.split(",") if item.strip()]
         kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) != len(items):
             raise UserError(f"{path}={text}: expected {len(kinds)} values separated by commas, got {len(items)}")

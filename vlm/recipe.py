@@ -207,6 +207,11 @@ class Recipe:
     optim: OptimConfig
     views: dict[str, float]
     """Loss name -> weight. A view's name is its loss's name and its log key."""
+    freeze: tuple[str, ...] = ()
+    """Modules or parameters, by name or pattern (`blocks.[01]`, `*`), that do not train though by the model's nature
+    they would. They stay as they are, and checkpoints hold them."""
+    unfreeze: tuple[str, ...] = ()
+    """Modules or parameters that train though `freeze` or the model's nature says otherwise."""
     global_batch_size: int
     """Samples (videos; of question sets: questions) an optimizer step, over all processes."""
     eval: EvalConfig | None = None
@@ -230,6 +235,9 @@ class Recipe:
     audit."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What is done about steps whose numbers go wrong."""
+    hang_seconds: float = 600.0
+    """A rank that gives no sign of life for so long has stalled: all ranks report where they are, and end with status
+    86 (docs/training.md); 0: nobody watches."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases mode; whatever it does, the run goes on without it."""
 
@@ -240,6 +248,7 @@ class Recipe:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("checkpoint_every", "audit_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 (never) or more")
+        _require(0 <= self.hang_seconds < inf, "hang_seconds", self.hang_seconds, "a finite number from 0 (off)")
         if self.steps is not None:
             _require(self.steps >= 1, "steps", self.steps, "1 or more")
         if self.epochs is not None:

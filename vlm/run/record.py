@@ -41,7 +41,9 @@ MAY_CHANGE = (
     "run_dir",
     "log_every",
     "wandb",
+    *("freeze", "unfreeze"),  # vlm.run.restore says what becomes of weights and moments
     "audit_steps",
+    "hang_seconds",
     "guard",
     "checkpoint_every",
     "checkpoint_keep",

@@ -277,6 +277,10 @@ class TrainLoader:
         self._step += 1
         return [MicroBatch(next(self._batches), plan.weight) for plan in plans]
 
+    def at_work(self) -> list[tuple[str, str, float]]:
+        """(label, about, seconds until now) of each sample that is being loaded; for any thread of this process."""
+        return self._batches.at_work()
+
     def keys_of_step(self, step: int) -> list[str]:
         """The keys of a step's whole global batch, in order, as planned (before any substitution)."""
         return keys_of_step(self.stream, step, self.global_batch_size)
@@ -336,7 +340,7 @@ def eval_loader(
     workers: int,
     sample_seconds: float = 60.0,
     worker_memory: int = 0,
-) -> Iterator[TestItem]:
+) -> Loaded:
     """The test records of `rows`, in order; each record comes exactly once. UserError as `Loaded` raises it."""
     dataset = EvalDataset(shards, pipeline, probes, seed)
     return Loaded(dataset, rows, workers, "eval.workers", sample_seconds=sample_seconds, worker_memory=worker_memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
 
@@ -23,10 +24,15 @@ class Watch(Protocol):
 
 
 class Unwatched:
-    """Nobody watches: loading in the process that trains."""
+    """Nobody ends what takes too long: loading in the process that trains. What it is at can be seen."""
+
+    def __init__(self) -> None:
+        self.at: tuple[str, str, float] | None = None
+        """(label, about, CLOCK_MONOTONIC when it began) of the sample that is being loaded."""
 
     def begin(self, label: str, about: str) -> str | None:
+        self.at = label, about, time.monotonic()
         return None
 
     def end(self) -> None:
-        pass
+        self.at = None

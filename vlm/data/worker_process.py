@@ -88,6 +88,13 @@ class Slot:
             time.sleep(0)
         return At(BUSY, pid, since, "", "")
 
+    def look(self) -> At | None:
+        """Where the worker is, for a thread that does not own this; None: it is over."""
+        try:
+            return self.read()
+        except ValueError:  # closed
+            return None
+
     def close(self) -> None:
         self._memory.close()
 

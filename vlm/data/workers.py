@@ -93,6 +93,7 @@ class Loaded(Iterator[Any]):
         """Processes that were replaced: lost at "samples", "others" that were lost, "renewed" for their memory."""
         self._knob, self._count, self._seconds, self._most_memory = knob, workers, sample_seconds, worker_memory
         self._dataset, self._sampler = dataset, iter(sampler)
+        self._own = Unwatched()  # with no workers
         self._crew: dict[int, Worker] = {}  # by the descriptor of its socket
         self._poll = select.poll()
         self._items: dict[int, Packed] = {}  # taken from the sampler and not yet loaded
@@ -117,7 +118,7 @@ class Loaded(Iterator[Any]):
 
     def __next__(self) -> Any:
         if not self._count:
-            return load(self._dataset, next(self._sampler), Unwatched())
+            return load(self._dataset, next(self._sampler), self._own)
         self._listen(0.0)
         self._hand_out_work()
         if self._handed == self._taken:  # the sampler has no more
@@ -134,10 +135,11 @@ class Loaded(Iterator[Any]):
         return self._opened(result)
 
     def at_work(self) -> list[tuple[str, str, float]]:
-        """(label, about, seconds until now) of each sample that is being loaded."""
-        now = time.monotonic()
-        places = [worker.slot.read() for worker in self._crew.values()]
-        return [(at.label, at.about, now - at.since) for at in places if at.state == SAMPLE]
+        """(label, about, seconds until now) of each sample that is being loaded; for any thread of this process."""
+        now, own = time.monotonic(), self._own.at
+        places = [at for worker in list(self._crew.values()) if (at := worker.slot.look()) is not None]
+        here = [] if own is None else [(own[0], own[1], now - own[2])]
+        return here + [(at.label, at.about, now - at.since) for at in places if at.state == SAMPLE]
 
     def close(self) -> None:
         """End the processes; what was not handed out is lost."""

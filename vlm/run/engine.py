@@ -26,6 +26,7 @@ from vlm.run import zero_state
 from vlm.run.modalities import Modalities
 from vlm.run.optim import parameter_groups
 from vlm.run.veto import Reason, Veto
+from vlm.run.watchdog import NOBODY, Heart
 from vlm.types import COUNTERS, UserError
 
 
@@ -88,7 +89,9 @@ class Here:
 class Engine:
     """A system wrapped by DeepSpeed. `step` makes one optimizer step from this rank's micro-batches."""
 
-    def __init__(self, model: System, recipe: Recipe, config: dict[str, Any], world: World) -> None:
+    def __init__(
+        self, model: System, recipe: Recipe, config: dict[str, Any], world: World, heart: Heart = NOBODY
+    ) -> None:
         import deepspeed
 
         if zero_stage(config) == 3 and is_quantised(model):
@@ -96,7 +99,7 @@ class Engine:
                 "quantise: ZeRO-3 cannot share out matrices of 8 or 4 bits. Mend: ds_configs/zero2.json (each process "
                 "then holds the whole frozen model in so few bits), or quantise=none"
             )
-        self.model, self.recipe, self.config, self.world = model, recipe, config, world
+        self.model, self.recipe, self.config, self.world, self.heart = model, recipe, config, world, heart
         self.names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(
             model,
@@ -132,6 +135,7 @@ class Engine:
         micro_batches = self.modalities.complete(micro_batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        self.heart.phase("collective")
         totals, counters = self._global_counts(micro_batches)
         self._refuse_untaught(totals, micro_batches)
         buffers = {name: value.detach().clone() for name, value in trained.persistent_buffers(self.model).items()}
@@ -140,11 +144,13 @@ class Engine:
         for number, item in enumerate(micro_batches, 1):
             self._backward(item, totals, tally)
             if number == len(micro_batches):
+                self.heart.phase("collective")
                 summed = sum_over_ranks(list(tally.sums.values()), self.world.device)
                 losses = {name: value / max(totals[name], 1) for name, value in zip(tally.sums, summed)}
                 loss = sum(self.recipe.views[name] * value for name, value in losses.items())
                 self._norm = self._plain_grad_norm()
                 self._veto.begin(loss, math.inf if limit is None else limit)
+            self.heart.phase("optimizer")
             self.deepspeed.step()
         skipped, norm = self._veto.outcome()
         if skipped:
@@ -159,6 +165,7 @@ class Engine:
 
     def _backward(self, item: MicroBatch, totals: dict[str, float], tally: _Tally) -> None:
         """Forward and backward pass of one micro-batch; `tally` takes note of its losses."""
+        self.heart.phase("forward", keys=item.batch.keys)
         terms = self.deepspeed(item.batch.to(self.world.device))
         objective = torch.zeros((), device=self.world.device)
         for name, term in terms.items():
@@ -166,6 +173,7 @@ class Engine:
             # DeepSpeed averages gradients over ranks, hence the factor world size.
             objective = objective + term.total.float() * (weight * self.world.size)
         tally.add(item, {name: (float(term.total.detach()), int(term.count)) for name, term in terms.items()})
+        self.heart.phase("backward")
         self.deepspeed.backward(objective, scale_wrt_gas=False)
 
     def _refuse_untaught(self, totals: dict[str, float], micro_batches: Sequence[MicroBatch]) -> None:

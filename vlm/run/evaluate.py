@@ -25,10 +25,13 @@ from vlm.run.checkpoint import Progress
 from vlm.run.eval_tasks import Task, line_of, task_of
 from vlm.run.run_folder import Rows, metrics_of
 from vlm.run.streams import open_shards
+from vlm.run.watchdog import NOBODY, Heart
 from vlm.types import Segmentation, UserError, Writing
 
 
-def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[str], None]) -> dict[str, float]:
+def run(
+    recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[str], None], heart: Heart = NOBODY
+) -> dict[str, float]:
     """Score every test record once, with all views and probes; write predictions.jsonl, metrics.json, evaluation.json.
 
     Args:
@@ -37,6 +40,7 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
         world: this process among all.
         folder: where the files go.
         say: prints on rank 0.
+        heart: is told what goes on.
     Returns:
         the metrics, on every rank.
     """
@@ -44,7 +48,7 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
     shards = open_shards(recipe.data, recipe.eval.shards)
     started = time.monotonic()
     say(f"evaluating {len(shards):,} records of {shards.path}")
-    rows, unscored, counters = score(recipe, engine, world, shards, recipe.eval.probes, say)
+    rows, unscored, counters = score(recipe, engine, world, shards, recipe.eval.probes, say, heart)
     lost = sum(row["lost"] for row in unscored)
 
     def write() -> dict[str, float]:
@@ -85,6 +89,7 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
             say(f"{silent:,} of {len(rows):,} texts have no published captions to be scored by: {rest}")
         return metrics
 
+    heart.phase("metrics")
     metrics = from_main(world, write)
     of_kinds = names_of_kinds([row for row in rows if isinstance(row, Segmentation)])
     shown = {name: value for name, value in metrics.items() if name not in of_kinds}
@@ -94,10 +99,13 @@ def run(recipe: Recipe, engine: Any, world: World, folder: Path, say: Callable[[
     return metrics
 
 
-def is_best(recipe: Recipe, engine: Any, world: World, progress: Progress, say: Callable[[str], None]) -> bool:
+def is_best(
+    recipe: Recipe, engine: Any, world: World, progress: Progress, say: Callable[[str], None], heart: Heart = NOBODY
+) -> bool:
     """Evaluate without probes; whether the recipe's metric is the best so far (noted in `progress`)."""
     assert recipe.eval is not None
-    rows, unscored, _ = score(recipe, engine, world, open_shards(recipe.data, recipe.eval.shards), (), say)
+    shards = open_shards(recipe.data, recipe.eval.shards)
+    rows, unscored, _ = score(recipe, engine, world, shards, (), say, heart)
     config = recipe.eval
 
     def measure() -> dict[str, float]:
@@ -111,6 +119,7 @@ def is_best(recipe: Recipe, engine: Any, world: World, progress: Progress, say: 
             )
         return metrics
 
+    heart.phase("metrics")
     metrics = from_main(world, measure)
     if recipe.eval.metric not in metrics:
         raise UserError(f"eval.metric={recipe.eval.metric}: this evaluation has {', '.join(metrics)}")
@@ -130,6 +139,7 @@ def score(
     shards: ShardSet,
     probes: tuple[str, ...],
     say: Callable[[str], None],
+    heart: Heart = NOBODY,
 ) -> tuple[Rows, list[dict[str, Any]], dict[str, int]]:
     """(rows of predictions.jsonl in the order of the shards, records that could not be read with their reasons, what
     had to be cut of rows of text); whole on rank 0.
@@ -157,10 +167,14 @@ def score(
         recipe.data.sample_seconds,
         recipe.data.worker_memory,
     )
+    heart.loading(loader.at_work)
     told = time.monotonic()
     for number in range(rounds):
+        heart.phase("load")
         group, problem = _next_group(loader, config.batch_size, task)
+        heart.phase("collective", keys=[item.key for item in group])
         stop_together(problem, world.device)
+        heart.phase("evaluate")
         unscored += [{"key": item.key, "reason": item.reason, "lost": item.lost} for item in group if item.reason]
         good = [item for item in group if not item.reason]
         rows += task.rows(good, probes)
@@ -169,6 +183,7 @@ def score(
         if time.monotonic() - told > 10:
             told = time.monotonic()
             say(f"  evaluated {min((number + 1) * config.batch_size * world.size, len(shards))}/{len(shards)}")
+    heart.phase("collective")
     gathered = gather_objects((rows, unscored, counters))
     if gathered is None:
         return rows, unscored, dict(counters)

@@ -17,6 +17,7 @@ from vlm.run.open_weights import fill, locate, place
 from vlm.run.record import Launch, precision
 from vlm.run.report import write_report
 from vlm.run.stored import check_stored
+from vlm.run.watchdog import Watchdog
 from vlm.types import UserError
 
 
@@ -48,16 +49,21 @@ def evaluate_checkpoint(
     dtype = precision(hardware)
     launch = Launch(recipe, name, overrides, hardware, world, choose_attention(world.device, dtype))
     say = (lambda text: print(text, flush=True)) if world.is_main else (lambda text: None)
-    with record.sole_run(recipe, world):
+    with record.sole_run(recipe, world), Watchdog(recipe.run_dir, recipe.hang_seconds, world) as heart:
         found = None if source is None else from_main(world, lambda: locate(source, recipe))
         about = record.open_evaluation(launch, found)
+        heart.phase("build")
         torch.manual_seed(recipe.seed)
         model = recipe.model.build()
         check_stored(recipe, model, [recipe.eval.shards])
+        heart.phase("restore")
         loaded = fill(model, found, recipe, say)
         say(f"recipe {name}, checkpoint {loaded}, {launch.attention.sentence}")
         record.write(launch, about)
-        evaluate.run(recipe, Replica(model, world, dtype), world, launch.folder, say)
+        replica = Replica(model, world, dtype)
+        heart.watch(model)
+        evaluate.run(recipe, replica, world, launch.folder, say, heart)
+        heart.phase("report")
         report = from_main(world, lambda: write_report(launch.folder))
         say(f"report: {report}")
         barrier()

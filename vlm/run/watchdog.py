@@ -31,9 +31,9 @@ from vlm.run.watchdog_timer import LastResort
 
 AtWork = Callable[[], Sequence[tuple[str, str, float]]]
 
-BUSY_PHASES = ("build", "restore", "metrics", "report")
-"""In these one call can take minutes and says nothing meanwhile: there, time on the processor and data from a disk are
-signs of life too."""
+BUSY_PHASES = ("build", "restore", "save", "metrics", "report")
+"""In these one call can take minutes and says nothing meanwhile: there, time on the processor of any thread, and data
+from and to a disk, are signs of life too."""
 _BUSY = 0.05  # share of a processor from which a process counts as busy
 _LAST_RESORT = 5.0, 15.0  # seconds from the limit to a locked process's stacks, and from these to its end
 _SILENCE = 5.0  # seconds without a beat from which a rank counts as silent, once the run hangs
@@ -58,9 +58,6 @@ class Heart(Protocol):
         """How to see which samples loader processes are at (vlm.data.workers.Loaded.at_work), while batches are
         awaited."""
 
-    def saving(self, progress: Callable[[], object]) -> None:
-        """How to see that a checkpoint is being written: something that changes as it goes on."""
-
 
 class Unwatched:
     """Nobody watches."""
@@ -71,8 +68,8 @@ class Unwatched:
     def loading(self, at_work: AtWork) -> None:
         pass
 
-    def saving(self, progress: Callable[[], object]) -> None:
-        pass
+
+NOBODY = Unwatched()
 
 
 class Watchdog:
@@ -94,8 +91,6 @@ class Watchdog:
         self._age = 0.0  # seconds since the last sign, as far as this process has run
         self._beats = 0
         self._at_work: AtWork | None = None
-        self._progress: Callable[[], object] | None = None
-        self._main = threading.main_thread().ident
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._post: post.Post | None = None
@@ -114,9 +109,6 @@ class Watchdog:
 
     def loading(self, at_work: AtWork) -> None:
         self._at_work = at_work
-
-    def saving(self, progress: Callable[[], object]) -> None:
-        self._progress = progress
 
     def watch(self, model: nn.Module) -> None:
         """From now on, each block of the model that is reached, forward or backward, is a sign of life."""
@@ -192,18 +184,16 @@ class Watchdog:
         try:
             if phase == "load" and self._at_work is not None:
                 return phase, [(label, about) for label, about, _ in self._at_work()]
-            if phase == "save" and self._progress is not None:
-                return phase, self._progress()
         except (RuntimeError, ValueError, KeyError, OSError):  # it changed as it was looked at
             return phase, time.monotonic()
         if phase in BUSY_PHASES:
             used = resource.getrusage(resource.RUSAGE_SELF)
-            return phase, (used.ru_utime + used.ru_stime, used.ru_majflt + used.ru_inblock)
+            return phase, (used.ru_utime + used.ru_stime, used.ru_majflt + used.ru_inblock + used.ru_oublock)
         return phase, None
 
     def _beat(self) -> Beat:
         self._beats += 1
-        waits = self._age > self._tick and report.waits_for_ranks(self._main)
+        waits = self._age > self._tick and report.waits_for_ranks()
         seconds = time.monotonic() - self._phase_since
         place = self._phase, self._module, self._step, self._signs
         return Beat(self._world.rank, self._beats, self._age, waits, *place, seconds)
@@ -219,7 +209,7 @@ class Watchdog:
             return own if self._is_late() else ""
         if other.alarm is not None:
             return other.alarm.why
-        if self._is_late() and not report.waits_for_ranks(self._main):
+        if self._is_late() and not report.waits_for_ranks():
             other.raise_alarm(own, [])
             return own
         if other.is_lost():

@@ -12,6 +12,7 @@ from typing import Any
 SHOWN = 32  # samples, threads, and ranks with stacks of their own, that a report lists
 _COLLECTIVES = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/")  # anywhere among the calls
 _READING = "vlm/distributed.py"  # as the innermost call: on a GPU, it reads what a collective gives
+_THREADING = ("/threading.py", "/concurrent/futures/", "/queue.py")  # as the innermost call
 _WAITING, _WAITERS = ("wait", "synchronize"), ("deepspeed/", "torch/distributed/")  # as the innermost call
 
 
@@ -96,14 +97,22 @@ def _walk(frame: FrameType | None) -> Iterable[FrameType]:
         frame = frame.f_back
 
 
-def waits_for_ranks(thread: int | None) -> bool:
-    """Whether a thread of this process stands in a collective."""
-    frame = sys._current_frames().get(thread or 0)
+def waits_for_ranks() -> bool:
+    """Whether this process waits for others: its main thread stands in a collective, or waits for a thread that does
+    (one that saves)."""
+    frames = sys._current_frames()
+    main = threading.main_thread().ident
+    frame = frames.pop(main, None) if main is not None else None
     if frame is None:
         return False
-    innermost = frame.f_code
-    file = innermost.co_filename
-    if _READING in file or (innermost.co_name in _WAITING and any(part in file for part in _WAITERS)):
+    if any(part in frame.f_code.co_filename for part in _THREADING):
+        return any(map(_in_collective, frames.values()))
+    return _in_collective(frame)
+
+
+def _in_collective(frame: FrameType) -> bool:
+    file, name = frame.f_code.co_filename, frame.f_code.co_name
+    if file.endswith(_READING) or (name in _WAITING and any(part in file for part in _WAITERS)):
         return True
     return any(part in one.f_code.co_filename for one in _walk(frame) for part in _COLLECTIVES)
 

@@ -149,7 +149,8 @@ def test_what_changed_when_the_run_went_on_is_told(run: Path) -> None:
     text = write_report(run).read_text()
     assert "went on from step 40" in text
     assert "world_size: 2 -&gt; 4; log_every: &lt;10&gt; -&gt; 5" in text
-    assert "went on from step 60" not in text
+    assert "<td>went on from step 60" not in text  # it changed nothing
+    assert "<li>went on from step 60</li>" in text
 
 
 def test_limits_say_which_are_kept(run: Path) -> None:

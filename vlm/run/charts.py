@@ -21,9 +21,21 @@ class Line(NamedTuple):
     style: str = "line"
 
 
-def line_chart(lines: Sequence[Line], *, y_label: str, x_label: str = "step", from_zero: bool = False) -> str:
+class Mark(NamedTuple):
+    """Something that happened at x. `style` is a class of the page's style sheet ("stopped", "skipped")."""
+
+    x: float
+    what: str
+    style: str
+
+
+def line_chart(
+    lines: Sequence[Line], *, y_label: str, x_label: str = "step", from_zero: bool = False, marks: Sequence[Mark] = ()
+) -> str:
     """An SVG of the lines on common axes; points that are not finite leave a gap.
 
+    Args:
+        marks: upright lines; one beyond the points stands at the edge.
     Returns:
         the SVG, or a paragraph that says so where there is nothing to draw.
     """
@@ -55,6 +67,12 @@ def line_chart(lines: Sequence[Line], *, y_label: str, x_label: str = "step", fr
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
     )
+    for mark in marks:
+        across, _ = place(min(max(mark.x, x_low), x_high), y_low)
+        parts.append(
+            f'<line class="mark {mark.style}" x1="{across:.1f}" x2="{across:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}">'
+            f"<title>{escape(mark.what)}</title></line>"
+        )
     for line in lines:
         for run in _runs(line):
             path = " ".join(f"{a:.1f},{d:.1f}" for a, d in (place(x, y) for x, y in run))

@@ -20,8 +20,10 @@ from typing import Any
 from vlm.files import write_text
 from vlm.metrics.classify import class_accuracy, confusion_matrix
 from vlm.metrics.segments import names_of_kinds
-from vlm.run.charts import Line, line_chart, matrix_chart, number, smooth
+from vlm.run.charts import Line, Mark, line_chart, matrix_chart, number, smooth
+from vlm.run.report_beside import Told, beside
 from vlm.run.report_clips import TestClips, strips
+from vlm.run.report_events import events, interruptions
 from vlm.run.report_judged import judged
 from vlm.run.report_metrics import metrics_table
 from vlm.run.report_questions import kind_rows, questions
@@ -46,6 +48,7 @@ class RunFiles:
     segmentations: list[Segmentation] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     unscored: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -62,8 +65,9 @@ class RunFiles:
         scored = not self.writings or any(writing.references for writing in self.writings)
         self.metrics = self._read("metrics.json", read_json, {}, wanted=tested and scored)
         self.evaluation = self._read("evaluation.json", read_json, {}, wanted=False)
-        self.quarantine = self._read("quarantine.jsonl", lambda path: read_rows(path, self.problems), [], wanted=False)
-        self.unscored = self._read("unscored.jsonl", lambda path: read_rows(path, self.problems), [], wanted=False)
+        for name in ("quarantine", "unscored", "skipped"):
+            rows = self._read(f"{name}.jsonl", lambda path: read_rows(path, self.problems), [], wanted=False)
+            setattr(self, name, rows)
 
     def _read(self, name: str, read: Callable[[Path], Any], instead: Any, wanted: bool = True) -> Any:
         path = self.folder / name
@@ -80,6 +84,15 @@ class RunFiles:
     @cached_property
     def clips(self) -> TestClips:
         return TestClips(self._test_shards())
+
+    @cached_property
+    def marks(self) -> list[Mark]:
+        """Where it went on, and steps that were skipped."""
+        return events(self.about, self.skipped)
+
+    def told(self) -> Told:
+        """What stands beside another run."""
+        return Told(str(self.folder), self.about, self.steps, self.marks, self.metrics)
 
     @cached_property
     def class_names(self) -> list[str]:
@@ -100,19 +113,24 @@ class RunFiles:
         return beside if not path.exists() and beside.exists() else path
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, other: Path | None = None) -> Path:
     """Write `run_dir`/report.html from the other files there (whole or not at all) and return its path.
 
+    Args:
+        other: another run, whose losses are drawn beside this one's.
     Raises:
         UserError: no such folder, or it cannot be written.
     """
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such folder; give the run_dir of a run, for example runs/demo/vit_llama")
+    for folder in (run_dir, *([] if other is None else [other])):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give the run_dir of a run, for example runs/demo/vit_llama")
     run = RunFiles(run_dir)
     sections = (
         ("", _headline),
+        (f"Beside {other}", lambda run: "" if other is None else _beside(run, other)),
         ("Training", _training),
+        ("Interruptions", lambda run: interruptions(run.about, run.skipped)),
         ("Questions", _questions),
         ("Texts", _texts),
         ("Timelines", _timelines),
@@ -179,6 +197,15 @@ def _summary(run: RunFiles) -> str:
     return f"<p>{escape('; '.join(fact for fact in facts if fact))}.</p>"
 
 
+def _beside(run: RunFiles, other: Path) -> str:
+    """Both losses; UserError where the other run tells of no step."""
+    theirs = RunFiles(other)
+    if not theirs.steps:
+        problems = "; ".join(theirs.problems) or "metrics.jsonl holds no step"
+        raise UserError(f"{other}: no run to stand beside this one ({problems})")
+    return beside(run.told(), theirs.told())
+
+
 def _training(run: RunFiles) -> str:
     if not run.steps:
         return ""
@@ -187,7 +214,7 @@ def _training(run: RunFiles) -> str:
     def chart(title: str, key: str, values: list[float] | None = None, from_zero: bool = False) -> str:
         ys = _values(run.steps, key) if values is None else values
         lines = [Line(f"{title}, each step", xs, ys, "pale"), Line(f"{title}, running mean", xs, smooth(ys))]
-        return _figure(title, line_chart(lines, y_label=key, from_zero=from_zero))
+        return _figure(title, line_chart(lines, y_label=key, from_zero=from_zero, marks=run.marks))
 
     times, waits = _values(run.steps, "step_time"), _values(run.steps, "data_wait")
     share = [100 * wait / time if time > 0 else math.nan for wait, time in zip(waits, times)]

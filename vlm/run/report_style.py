@@ -2,9 +2,9 @@
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --quiet: #656d76; --edge: #d0d7de; --paper: #fff; --panel: #f6f8fa;
-  --line: #0b62c4; --pale: #a9cdf5; --good: #1a7f37; --bad: #cf222e; }
+  --line: #0b62c4; --pale: #a9cdf5; --good: #1a7f37; --other: #bc4c00; --bad: #cf222e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --quiet: #9198a1; --edge: #3d444d; --paper: #0d1117;
-  --panel: #161b22; --line: #6cb0ff; --pale: #2b4a6f; --good: #3fb950; --bad: #f85149; } }
+  --panel: #161b22; --line: #6cb0ff; --pale: #2b4a6f; --good: #3fb950; --other: #f0883e; --bad: #f85149; } }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
   max-width: 1000px; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--edge); }
@@ -20,6 +20,10 @@ figure { margin: 0; } figcaption { font-weight: 600; }
 svg { max-width: 100%; font: 11px system-ui, sans-serif; } svg text { fill: var(--quiet); }
 svg polyline { fill: none; stroke: var(--line); stroke-width: 1.6; }
 svg polyline.pale { stroke: var(--pale); stroke-width: 1; }
+svg polyline.other { stroke: var(--other); }
+svg polyline.other-pale { stroke: var(--other); stroke-width: 1; opacity: .35; }
+svg .mark { stroke: var(--quiet); stroke-width: 1; stroke-dasharray: 4 3; } svg .mark.skipped { stroke: var(--bad); }
+.legend i.line { background: var(--line); } .legend i.other { background: var(--other); }
 svg .grid { stroke: var(--edge); stroke-width: .6; }
 svg .cell { fill: none; stroke: var(--edge); stroke-width: .5; }
 svg .right { fill: var(--line); } svg .wrong { fill: var(--bad); }

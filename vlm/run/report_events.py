@@ -1,0 +1,99 @@
+"""What came between the steps of a run: where it stopped and went on, which steps were skipped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from vlm.run.charts import Mark, number
+
+_SHOWN = 100  # rows of a table
+_REASONS = {
+    "loss": "the loss was not finite",
+    "gradient": "the gradient was not finite",
+    "spike": "the gradient's norm was far above those before",
+    "rolled_back": "learnt before going back to a checkpoint, and passed over since",
+}
+
+
+def events(about: Mapping[str, Any], skipped: Sequence[Mapping[str, Any]]) -> list[Mark]:
+    """Marks of continuations (recipe.json's `resumed`, with why it stopped from `stopped`) and of skipped steps.
+
+    Args:
+        about: recipe.json of a run.
+        skipped: rows of its skipped.jsonl.
+    """
+    why = {_step(stop): str(stop.get("why", "")) for stop in _rows(about.get("stopped"))}
+    marks = []
+    world = about.get("world_size")
+    for again in _rows(about.get("resumed")):
+        step, now = _step(again), again.get("world_size", world)
+        # Why it stopped is known of the first continuation from a step: a second one follows a failure.
+        stopped = why.pop(step, "")
+        grown = f", on {now} processes instead of {world}" if now != world else ""
+        cause = f" after {stopped}" if stopped else ""
+        marks.append(Mark(step, f"went on from step {step:g}{cause}{grown}", "stopped"))
+        world = now
+    marks += [Mark(_step(row), f"step {_step(row):g} skipped: {reason_of(row)}", "skipped") for row in _rows(skipped)]
+    return [mark for mark in marks if math.isfinite(mark.x)]
+
+
+def reason_of(row: Mapping[str, Any]) -> str:
+    """Why a step was skipped, in words, with the value and its limit."""
+    reason = str(row.get("reason", "unknown"))
+    told = ", limit ".join(
+        number(value) for name in ("value", "limit") if math.isfinite(value := _number(row.get(name)))
+    )
+    told = f" ({told})" if told else ""
+    return f"{_REASONS.get(reason, reason)}{told}"
+
+
+def interruptions(about: Mapping[str, Any], skipped: Sequence[Mapping[str, Any]]) -> str:
+    """A table of both as HTML; "" where nothing happened."""
+    went_on = [mark.what for mark in events(about, ()) if mark.style == "stopped"]
+    parts = [f"<ul>{''.join(f'<li>{escape(what)}</li>' for what in went_on)}</ul>"] if went_on else []
+    rows = _rows(skipped)
+    if rows:
+        counted = Counter(str(row.get("reason", "unknown")) for row in rows)
+        said = ", ".join(f"{count} because {_REASONS.get(reason, reason)}" for reason, count in counted.items())
+        parts.append(f"<p>Steps from which nothing was kept: {len(rows)} ({escape(said)}).</p>")
+        parts.append("<table><tr><th>step</th><th>why</th><th>samples, by rank</th></tr>")
+        for row in rows[:_SHOWN]:
+            cells = (f"{_step(row):g}", reason_of(row), _keys(row.get("ranks")))
+            parts.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        parts.append("</table>")
+        if len(rows) > _SHOWN:
+            parts.append(f"<p>The other {len(rows) - _SHOWN} are in skipped.jsonl.</p>")
+    return "".join(parts)
+
+
+def _keys(ranks: Any) -> str:
+    if not isinstance(ranks, dict):
+        return ""
+    told = []
+    for rank, part in ranks.items():
+        keys = part.get("keys") if isinstance(part, dict) else None
+        if isinstance(keys, list) and keys:
+            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+            told.append(f"{rank}: {', '.join(_text(key) for key in keys[:4])}{more}")
+    return "; ".join(told)
+
+
+def _rows(value: Any) -> list[Mapping[str, Any]]:
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, (list, tuple)) else []
+
+
+def _step(row: Mapping[str, Any]) -> float:
+    return _number(row.get("step"))
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -105,6 +105,17 @@ class Audit:
             self._confirm()
             self.say(f"audit: step {step + 1}: gradients now in {_listed(late)} too")
 
+    def disregard(self, *, moments: bool) -> None:
+        """Nothing was learnt from the step just made: what its backward pass gave is no evidence.
+
+        Args:
+            moments: nor are Adam's moments, which are now those of an earlier step.
+        """
+        if self._waiting:
+            self._flags.zero_()
+        if moments:
+            self._unconfirmed.clear()
+
     def finish(self) -> None:
         """The run is over: compare the frozen tensors once more, and say what could not be judged. Collective.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ class RunLog:
         if not active:
             return
         path = run_dir / "metrics.jsonl"
-        _drop_after(path, first_step)
+        drop_after(path, first_step)
         try:
             self.stream = path.open("a", buffering=1)
         except OSError as error:
@@ -70,18 +72,21 @@ class RunLog:
         self.wandb = _start_wandb(wandb_mode, run_dir, name, config)
 
     def step(self, row: dict[str, Any]) -> None:
-        """Record one optimizer step; `row` has at least step, loss, lr, grad_norm, step_time, data_wait."""
+        """Record one optimizer step; `row` has at least step, loss, lr, grad_norm, skipped, step_time, data_wait.
+
+        A number that is not finite is null in the file, which every reader of JSON understands.
+        """
         if not self.active:
             return
         try:
-            self.stream.write(json.dumps(row) + "\n")
+            self.stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(
                 f"{self.stream.name}: step {row['step']} could not be written ({error.strerror}): make room, then the "
                 "same command goes on from the last checkpoint"
             ) from error
         if self.wandb is not None:
-            self.wandb.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, row["step"])
+            self.wandb.log({k: v for k, v in plain(row).items() if isinstance(v, (int, float))}, row["step"])
         if row["step"] % self.every == 0 or row["step"] in (1, self.total_steps):
             self.say(self._line(row))
 
@@ -92,7 +97,9 @@ class RunLog:
         return (
             f"step {row['step']:>6}/{self.total_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
             f"grad {row['grad_norm']:.2f}  {row['samples_per_s']:.1f} samples/s  data wait {waits:.0f} %  "
-            f"left {_duration(left)}" + (f"  quarantined {row['quarantined']}" if row["quarantined"] else "")
+            f"left {_duration(left)}"
+            + (f"  quarantined {row['quarantined']}" if row["quarantined"] else "")
+            + ("  skipped" if row["skipped"] else "")
         )
 
     def say(self, text: str) -> None:
@@ -108,8 +115,19 @@ class RunLog:
                 self.wandb.finish()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines of steps up to `step`; a half-written last line goes too."""
+def plain(value: Any, say: Callable[[float], str] | None = None) -> Any:
+    """A value for strict JSON: in it, what is not finite is null, or what `say` makes of it ("nan", "inf": str)."""
+    if isinstance(value, dict):
+        return {name: plain(one, say) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one, say) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if say is None else say(value)
+    return value
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Keep the lines of steps up to `step` of a .jsonl file; a half-written last line goes too."""
     if not path.is_file():
         return
     kept = []

@@ -18,10 +18,11 @@ from vlm.distributed import World, barrier, from_main, stop_together, sum_over_r
 from vlm.errors import Preempted
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, check_inputs
-from vlm.run import checkpoint, evaluate, record
+from vlm.run import evaluate, record, restore
 from vlm.run.audit import Audit
 from vlm.run.checkpoint import Progress, Saver
 from vlm.run.engine import Engine, StepResult, derive, zero_stage
+from vlm.run.guard import Guard
 from vlm.run.log import RunLog
 from vlm.run.optim import warmup_cosine
 from vlm.run.quarantine import Quarantine, met
@@ -42,7 +43,8 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
         hardware: the DeepSpeed JSON, read by vlm.run.hardware.read_hardware.
         world: this process among all.
     Raises:
-        UserError: settings, files or data are wrong; FloatingPointError: the loss or gradient is not finite.
+        UserError: settings, files or data are wrong. FloatingPointError: more steps than are allowed had numbers that
+            cannot be learnt from (vlm.run.guard).
         Preempted: a signal came (vlm.run.stop), and all that was done is saved.
     """
     check_inputs(recipe)
@@ -61,11 +63,13 @@ def _train(launch: Launch, stream: Stream, stop: Stop) -> None:
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
     check_recipe(recipe, model)
-    state = checkpoint.load_weights(found, model) if found else {}
+    state = restore.load_weights(found, model, verified=True) if found else {}
+    chosen = restore.choose(model, recipe, found, state)
     record.write(launch, about)
-    engine = Engine(model, recipe, launch.deepspeed, world)
+    introduction = _introduce(launch, stream, total_steps, model)
+    engine = Engine(model, recipe, launch.deepspeed, world, chosen.adam_steps)
     if found:
-        checkpoint.load_optimizer(found, engine, state)
+        restore.load_optimizer(found, engine, state)
     progress = _progress(state)
     log = RunLog(
         folder,
@@ -77,13 +81,14 @@ def _train(launch: Launch, stream: Stream, stop: Stop) -> None:
         name=launch.name,
         config=to_dict(recipe),
     )
-    log.say(_introduce(launch, stream, total_steps, model))
+    log.say("\n".join([introduction, *chosen.sentences]))
     if found:
         log.say(f"resuming from {found} (step {progress.step})")
     elif recipe.eval is not None and recipe.eval.at_start:
         evaluate.run(recipe, engine, world, folder / "before_training", say=log.say)
 
-    _train_steps(recipe, engine, stream, progress, total_steps, log, stop)
+    guard = Guard(recipe, engine, state.get("guard"), progress.step, log.say)
+    _train_steps(recipe, engine, stream, progress, total_steps, log, stop, guard)
 
     log.close()
     if recipe.eval is not None and recipe.eval.at_end:
@@ -94,7 +99,14 @@ def _train(launch: Launch, stream: Stream, stop: Stop) -> None:
 
 
 def _train_steps(
-    recipe: Recipe, engine: Engine, stream: Stream, progress: Progress, total_steps: int, log: RunLog, stop: Stop
+    recipe: Recipe,
+    engine: Engine,
+    stream: Stream,
+    progress: Progress,
+    total_steps: int,
+    log: RunLog,
+    stop: Stop,
+    guard: Guard,
 ) -> None:
     """The training loop: one pass is one optimizer step."""
     world = engine.world
@@ -132,7 +144,7 @@ def _train_steps(
         if incidents:
             quarantine.add(micro_batches, step)
         torch.manual_seed(derive_seed("step", recipe.seed, step, world.rank))
-        result = engine.step(micro_batches, lr=learning_rate(step))
+        result = engine.step(micro_batches, lr=learning_rate(step), limit=guard.limit)
         progress.step = step + 1
         elapsed = time.monotonic() - started
         keys = loader.keys_of_step(step) if world.is_main else []
@@ -150,18 +162,22 @@ def _train_steps(
                 "quarantined": len(quarantine.known),
             }
         )
-        audit.after_step(step, learning_rate(step), micro_batches, result.counts)
+        went_back = guard.after_step(result, progress.step, saver)
+        if result.skipped:
+            audit.disregard(moments=went_back)
+        else:
+            audit.after_step(step, learning_rate(step), micro_batches, result.counts)
         is_best = False
         if recipe.eval is not None and recipe.eval.every and progress.step % recipe.eval.every == 0:
             is_best = evaluate.is_best(recipe, engine, world, progress, log.say)
         due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
-        if due or is_best or progress.step == total_steps:
+        if due or is_best or went_back or progress.step == total_steps:
             progress.quarantined = quarantine.known
-            saver.save(progress, _about(recipe, world, engine), is_best=is_best)
+            saver.save(progress, _about(recipe, world, engine, guard), is_best=is_best)
             saved_at = progress.step
     if stopping and saved_at != progress.step:
         progress.quarantined = quarantine.known
-        saver.save(progress, _about(recipe, world, engine))
+        saver.save(progress, _about(recipe, world, engine, guard))
     saver.wait()
     stop.waits = False
     if stopping:
@@ -189,6 +205,7 @@ def _measured(result: StepResult) -> dict[str, Any]:
         "losses": result.losses,
         "counts": result.counts,
         "grad_norm": result.grad_norm,
+        "skipped": result.skipped,
         **result.counters,
     }
 
@@ -241,8 +258,9 @@ def _progress(state: dict[str, Any]) -> Progress:
     )
 
 
-def _about(recipe: Recipe, world: World, engine: Engine) -> dict[str, Any]:
+def _about(recipe: Recipe, world: World, engine: Engine, guard: Guard) -> dict[str, Any]:
     return {
+        "guard": guard.state(),
         "seed": recipe.seed,
         "global_batch_size": recipe.global_batch_size,
         "world_size": world.size,

@@ -200,3 +200,17 @@ def test_a_run_goes_on_with_towers_weights_elsewhere(tmp_path):
     begin(launch(tmp_path / "run", "model.tower.path=a.pth", name="video_llama.debug"))
     moved = launch(tmp_path / "run", "model.tower.path=b.pth", name="video_llama.debug")
     assert record.open_training(moved, "fingerprint")[0]
+
+
+def test_a_stop_is_noted_and_kept(tmp_path, capsys):
+    run = launch(tmp_path / "run")
+    record.note_stop(run, begin(run), 4, "SIGUSR1")
+    _, about = record.open_training(run, "fingerprint")
+    record.write(run, about)
+    record.note_stop(run, about, 6, "SIGTERM")
+    written = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert written["stopped"] == [{"step": 4, "why": "SIGUSR1"}, {"step": 6, "why": "SIGTERM"}]
+    assert len(written["resumed"]) == 1
+    capsys.readouterr()
+    record.note_stop(launch(tmp_path / "gone"), about, 8, "SIGTERM")
+    assert "that SIGTERM ended this run is not noted: " in capsys.readouterr().out

@@ -1,7 +1,8 @@
 """recipe.json, what a run is made of: written when it begins, kept as it is when it goes on, and what may differ then.
 
     {recipe, config, deepspeed, world_size, overrides, versions, git_commit, device, attention, starter, command}
-    of a training run also {shards: their fingerprint, tokenizer: sha256, resumed: [{step, world_size, changed, …}]},
+    of a training run also {shards: their fingerprint, tokenizer: sha256, resumed: [{step, world_size, changed, …}],
+        stopped: [{step, why: the signal}]},
     of an evaluation {checkpoint: its folder or null}
 
 Settings of an evaluation are those of launch/evaluate.py; the one that ends training has no record of its own.
@@ -224,6 +225,21 @@ def _open_evaluation(launch: Launch, source: Path | None) -> dict[str, Any]:
 def write(launch: Launch, record: dict[str, Any]) -> None:
     """Write recipe.json. UserError on every rank: the disk refuses."""
     from_main(launch.world, lambda: write_json(launch.folder / NAME, record))
+
+
+def note_stop(launch: Launch, record: dict[str, Any], step: int, why: str) -> None:
+    """Add to recipe.json, on rank 0, that the run was told to stop, and with which step it did. Not collective.
+
+    It is told where this cannot be written; the run is saved all the same.
+    """
+    if launch.world.is_main:
+        try:
+            write_json(
+                launch.folder / NAME,
+                {**record, "stopped": [*(record.get("stopped") or []), {"step": step, "why": why}]},
+            )
+        except UserError as error:
+            print(f"that {why} ended this run is not noted: {error}", flush=True)
 
 
 def _read(folder: Path) -> dict[str, Any]:

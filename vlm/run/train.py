@@ -67,7 +67,7 @@ def _train(launch: Launch, stream: Stream, stop: Stop) -> None:
     chosen = restore.choose(model, recipe, found, state)
     record.write(launch, about)
     introduction = _introduce(launch, stream, total_steps, model)
-    engine = Engine(model, recipe, launch.deepspeed, world, chosen.adam_steps)
+    engine = Engine(model, recipe, launch.deepspeed, world, adam_steps=chosen.adam_steps)
     if found:
         restore.load_optimizer(found, engine, state)
     progress = _progress(state)
@@ -88,7 +88,11 @@ def _train(launch: Launch, stream: Stream, stop: Stop) -> None:
         evaluate.run(recipe, engine, world, folder / "before_training", say=log.say)
 
     guard = Guard(recipe, engine, state.get("guard"), progress.step, log.say)
-    _train_steps(recipe, engine, stream, progress, total_steps, log, stop, guard)
+    try:
+        _train_steps(recipe, engine, stream, progress, total_steps, log, stop, guard)
+    except Preempted:
+        record.note_stop(launch, about, progress.step, stop.asked or "a signal to another process")
+        raise
 
     log.close()
     if recipe.eval is not None and recipe.eval.at_end:

@@ -87,10 +87,20 @@ class Here:
 
 
 class Engine:
-    """A system wrapped by DeepSpeed. `step` makes one optimizer step from this rank's micro-batches."""
+    """A system wrapped by DeepSpeed. `step` makes one optimizer step from this rank's micro-batches.
+
+    `adam_steps`: of each trained parameter, the steps that its moments have seen, where a checkpoint's will be loaded
+    (vlm.run.restore).
+    """
 
     def __init__(
-        self, model: System, recipe: Recipe, config: dict[str, Any], world: World, heart: Heart = NOBODY
+        self,
+        model: System,
+        recipe: Recipe,
+        config: dict[str, Any],
+        world: World,
+        heart: Heart = NOBODY,
+        adam_steps: Mapping[str, int] | None = None,
     ) -> None:
         import deepspeed
 
@@ -106,6 +116,7 @@ class Engine:
             lr=recipe.optim.lr,
             weight_decay=recipe.optim.weight_decay,
             layer_decay=recipe.optim.layer_decay,
+            adam_steps=adam_steps,
         )
         with _quiet_build(config):
             optimizer = _adam(groups, recipe.optim, world.device, offloads_optimizer(config))

@@ -7,6 +7,7 @@ As published with VideoMAE (arXiv 2203.12602) after BEiT (arXiv 2106.08254, laye
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from vlm.models.system import System
@@ -14,28 +15,37 @@ from vlm.types import UserError
 
 
 def parameter_groups(
-    model: System, *, lr: float, weight_decay: float, layer_decay: float = 1.0
+    model: System,
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    adam_steps: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """The trained parameters of `model` by learning rate and weight decay, for an optimizer of torch's form.
 
     A group's rate is `lr * lr_scale`, where lr_scale = layer_decay ** (num_layers + 1 - layer_id), 1 for what stands
     above the last layer. Groups stand in the order in which their first parameter does; frozen parameters are in none.
 
+    Args:
+        adam_steps: steps that the moments of each have seen, where these differ: each number has groups of its own,
+            since an engine may have Adam step (and count) a group as one tensor.
     Returns:
         dicts with params, names (of the same order), lr, lr_scale, weight_decay, layer_id.
     Raises:
         UserError: layer_decay below 1 for a system that has no order of layers.
     """
-    groups: dict[tuple[int | None, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int | None, bool, int], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = _layer_id(model, name) if layer_decay != 1.0 else None
         decays = not model.no_decay(name, parameter)
-        group = groups.get((layer, decays))
+        key = (layer, decays, 0 if adam_steps is None else adam_steps[name])
+        group = groups.get(key)
         if group is None:
             scale = 1.0 if layer is None else layer_decay ** ((model.num_layers or 0) + 1 - layer)
-            group = groups[layer, decays] = {
+            group = groups[key] = {
                 "params": [],
                 "names": [],
                 "lr": lr * scale,

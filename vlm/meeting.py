@@ -14,10 +14,11 @@ import socket
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, TextIO
 
 import psutil
 import torch
@@ -50,7 +51,12 @@ class Meeting:
     def client(self) -> dist.TCPStore:
         """A connection of its own to the store."""
         return dist.TCPStore(
-            self.address, self.port, self.size, False, timedelta(seconds=self.seconds), wait_for_workers=False
+            "127.0.0.1" if self.rank == 0 and not self.is_served else self.address,
+            self.port,
+            self.size,
+            False,
+            timedelta(seconds=self.seconds),
+            wait_for_workers=False,
         )
 
 
@@ -89,9 +95,10 @@ def join_group(meeting: Meeting, backend: str, device: torch.device, timeout: ti
     if meeting.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    store, way = _open_store(meeting)
-    _roll_call(meeting, store, way)
-    with _limited(meeting):
+    with _quiet() as stderr:
+        store, way = _open_store(meeting, stderr)
+        _roll_call(meeting, store, way)
+    with _limited(meeting, lambda: _failed_sum(meeting, _laggards(meeting)), sys.stderr):
         try:
             dist.init_process_group(
                 backend,
@@ -111,44 +118,44 @@ def join_group(meeting: Meeting, backend: str, device: torch.device, timeout: ti
     store.set_timeout(timeout)
 
 
-def _open_store(meeting: Meeting) -> tuple[dist.Store, rendezvous.Way | None]:
-    """The store that all ranks share, and the connection by which this one reached it (None: it keeps the store)."""
+def _open_store(meeting: Meeting, stderr: TextIO) -> tuple[dist.Store, rendezvous.Way | None]:
+    """The store that all ranks share, and the connection by which this one reached it (None: it keeps the store).
+
+    Raises:
+        NoRendezvous: nothing answers, or another program does, or the port of rank 0 is taken.
+    """
     if meeting.rank == 0 and not meeting.is_served:
         return _serve(meeting), None
     way = rendezvous.reach(meeting.address, meeting.port, meeting.seconds, meeting.who)
     try:
-        return meeting.client(), way
+        with _limited(meeting, lambda: _stranger(meeting, "no answer that a store gives"), stderr):
+            return meeting.client(), way
     except RuntimeError as error:
-        raise NoRendezvous(
-            f"{meeting.who}: something answers at MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port}, but it is "
-            f"not rank 0 ({_first_line(error)}). Mend: export MASTER_PORT=N of a port that is free on the host of rank "
-            "0, or MASTER_ADDR=ADDRESS of that host"
-        ) from error
+        raise NoRendezvous(_stranger(meeting, _first_line(error))) from error
+
+
+def _stranger(meeting: Meeting, reason: str) -> str:
+    return (
+        f"{meeting.who}: something answers at MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port}, but it is not "
+        f"rank 0 ({reason}). Mend: export MASTER_PORT=N of a port that is free on the host of rank 0, or "
+        "MASTER_ADDR=ADDRESS of that host"
+    )
 
 
 def _serve(meeting: Meeting) -> dist.Store:
-    """Rank 0 keeps the store."""
+    """Rank 0 keeps the store. It listens at all addresses of this host, and is itself a client by 127.0.0.1: what
+    MASTER_ADDR says to other hosts need not mean anything here."""
+    limit = timedelta(seconds=meeting.seconds)
     try:
         return dist.TCPStore(
-            meeting.address,
-            meeting.port,
-            meeting.size,
-            True,
-            timedelta(seconds=meeting.seconds),
-            wait_for_workers=False,
-            multi_tenant=True,
+            "127.0.0.1", meeting.port, meeting.size, True, limit, wait_for_workers=False, multi_tenant=True
         )
     except RuntimeError as error:
-        if "EADDRINUSE" in str(error):
-            raise NoRendezvous(
-                f"{meeting.who}: MASTER_PORT={meeting.port} is taken on this host{_holder(meeting.port)}. Mend: end "
-                f"what holds it, or choose another port: {_other_port(meeting.starter)}"
-            ) from error
-        own = ", ".join(address for address in rendezvous.own_addresses() if not rendezvous.is_loopback(address))
+        taken = "EADDRINUSE" in str(error)
+        state = f"is taken on this host{_holder(meeting.port)}" if taken else f"cannot be used ({_first_line(error)})"
         raise NoRendezvous(
-            f"{meeting.who}: cannot be reached at MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port} by itself "
-            f"({_first_line(error)}); addresses of this host: {own or '127.0.0.1 alone'}. Mend: export "
-            "MASTER_ADDR=ADDRESS, one of these, before the processes are started"
+            f"{meeting.who}: MASTER_PORT={meeting.port} {state}. Mend: end what holds it, or choose another port: "
+            f"{_other_port(meeting.starter)}"
         ) from error
 
 
@@ -222,6 +229,7 @@ def _call(meeting: Meeting, store: dist.Store) -> dict[str, Any]:
         "hosts": hosts,
         "networks": len({about["network"] for about in told.values()}),
         "first": first,
+        "doubt": _doubt(meeting) if missing and not meeting.is_served else "",
         "other": others[0] if others else None,
     }
 
@@ -230,10 +238,19 @@ def _absent(meeting: Meeting, found: dict[str, Any]) -> str:
     came = "; ".join(f"{host}: {_ranges(ranks)}" for host, ranks in found["hosts"].items())
     return (
         f"{meeting.who}: of {meeting.size} processes, rank {_ranges(found['missing'])} did not come to "
-        f"MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port} within {meeting.seconds:.0f} s (came: {came}). "
-        "Mend: look for their own messages, and at hosts that are not named here; all must be started with the same "
-        f"WORLD_SIZE, MASTER_ADDR and MASTER_PORT; {rendezvous.LIMIT}=N waits longer"
+        f"MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port} within {meeting.seconds:.0f} s (came: {came})"
+        f"{found['doubt']}. Mend: look for their own messages, and at hosts that are not named here; all must be "
+        f"started with the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT; {rendezvous.LIMIT}=N waits longer"
     )
+
+
+def _doubt(meeting: Meeting) -> str:
+    """Rank 0: what is odd about its address, if anything."""
+    own = rendezvous.own_addresses()
+    if rendezvous.way_to(meeting.address) in rendezvous.addresses_of(meeting.address):
+        return ""
+    told = ", ".join(address for address in own if not rendezvous.is_loopback(address)) or "127.0.0.1 alone"
+    return f"; MASTER_ADDR is no address of the host of rank 0, which has {told}"
 
 
 def _ranges(ranks: list[int]) -> str:
@@ -264,12 +281,33 @@ def _choose_interface(meeting: Meeting, about: dict[str, Any], found: dict[str, 
 
 
 @contextlib.contextmanager
-def _limited(meeting: Meeting) -> Iterator[None]:
-    """End this process, with a line that says why, where what is inside does not end within the limit: neither gloo
-    nor NCCL can be called back from connecting."""
+def _quiet() -> Iterator[TextIO]:
+    """Drop what torch's sockets write to stderr: dozens of lines a failure, in which the one that tells would drown.
+    Gives the real stderr."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with os.fdopen(kept, "w", closefd=False) as stderr, Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield stderr
+        finally:
+            os.dup2(kept, 2)
+    os.close(kept)
+
+
+@contextlib.contextmanager
+def _limited(meeting: Meeting, line: Callable[[], str], stderr: TextIO) -> Iterator[None]:
+    """End this process, with a line that says why, where what is inside does not end within the limit: neither torch's
+    store, nor gloo, nor NCCL can be called back from connecting."""
     done = threading.Event()
-    wait = meeting.seconds + (GRACE_SECONDS if meeting.rank else 0.0)
-    guard = threading.Thread(target=lambda: done.wait(wait) or _give_up(meeting), daemon=True)
+
+    def watch() -> None:
+        if not done.wait(meeting.seconds + (GRACE_SECONDS if meeting.rank else 0.0)):
+            stderr.write(f"error: {line()}\n")
+            stderr.flush()
+            os._exit(HUNG)
+
+    guard = threading.Thread(target=watch, daemon=True)
     guard.start()
     try:
         yield
@@ -278,17 +316,13 @@ def _limited(meeting: Meeting) -> Iterator[None]:
         guard.join()
 
 
-def _give_up(meeting: Meeting) -> NoReturn:
-    """In the guard's thread: tell and end."""
-    reason = "no answer"
+def _laggards(meeting: Meeting) -> str:
+    """Which ranks hang in connecting with one another, as the store tells."""
     with contextlib.suppress(RuntimeError):
         store = meeting.client()  # the other is in use by what hangs
-        absent = [rank for rank in range(meeting.size) if not store.check([f"joined/{rank}"])]
-        if absent:
-            reason = f"rank {_ranges(absent)} did not connect with the others"
-    sys.stderr.write(f"error: {_failed_sum(meeting, reason)}\n")
-    sys.stderr.flush()
-    os._exit(HUNG)
+        if absent := [rank for rank in range(meeting.size) if not store.check([f"joined/{rank}"])]:
+            return f"rank {_ranges(absent)} did not connect with the others"
+    return "no answer"
 
 
 def _failed_sum(meeting: Meeting, reason: str) -> str:
@@ -296,7 +330,7 @@ def _failed_sum(meeting: Meeting, reason: str) -> str:
     return (
         f"{meeting.who}: reached MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port}, and all {meeting.size} "
         f"processes came, but a first sum over them failed after at most {meeting.seconds:.0f} s, by interface "
-        f"{' '.join(f'{name}={value}' for name, value in used.items()) or 'of the library’s own choice'}: {reason}. "
+        f"{' '.join(f'{name}={value}' for name, value in used.items()) or 'that the library chose'}: {reason}. "
         f"Mend: open the ports between the hosts, or export {' and '.join(_INTERFACES)}=NAME of an interface that "
         f"leads from each to all others (ip addr); {rendezvous.LIMIT}=N waits longer"
     )

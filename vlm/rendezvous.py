@@ -6,6 +6,7 @@ Slurm's SLURM_LAUNCH_NODE_IPADDR is never read: it is the host where srun was ty
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -144,22 +145,24 @@ def network() -> str:
         return socket.gethostname()
 
 
-def way_to(address: str) -> str | None:
-    """The address of this host from which packets to `address` leave; None: no way leads there. Nothing is sent."""
+def addresses_of(name: str) -> list[str]:
+    """What a name, or an address, stands for; empty: it does not resolve."""
     try:
-        for family, _, _, _, where in socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM):
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect(where)
-                return str(probe.getsockname()[0]).partition("%")[0]
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_DGRAM)
     except OSError:
-        return None
+        return []
+    return [str(where[0]).partition("%")[0] for *_, where in found]
+
+
+def way_to(name: str) -> str | None:
+    """The address of this host from which packets to another leave; None: no way leads there. Nothing is sent."""
+    for address in addresses_of(name):
+        with contextlib.suppress(OSError):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((address, 9))
+                return str(probe.getsockname()[0]).partition("%")[0]
     return None
-
-
-def interface_to(address: str) -> str | None:
-    """The network interface of this host that leads to `address` (the one that has it, if it is this host's own)."""
-    own = way_to(address)
-    return None if own is None else own_addresses().get(own)
 
 
 class Way(NamedTuple):

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from tools import convert_ckpt
 from vlm.models.gated_files import stored_config
-from vlm.run import checkpoint
+from vlm.run import restore
 from vlm.weights import state_hash
 
 FILES = ["vamos_vis_cap.pt", "vamos_vis_mlp.pt", "flipped_all.pt", "vico_star.pt"]
@@ -40,7 +40,7 @@ def test_recorded_numbers(tmp_path: Path, name: str, layout: str, load_golden: C
 
     manifest = json.loads((ours / "manifest.json").read_text())
     model = stored_config(manifest["recipe"]["model"], name).build()
-    checkpoint.load_weights(ours, model)
+    restore.load_weights(ours, model)
     batch = t.batch_of(values, values["eval_batch"], [], video=t.uses_video(values), options=True, shared=True)
     with torch.no_grad():
         scores = model.predict(batch)

@@ -30,7 +30,7 @@ from vlm.models.generation import GenerationConfig, generate
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.video_chatgpt import VideoChatGpt, breakfast_variant
 from vlm.recipe import OptimConfig, Recipe, TrainData
-from vlm.run import checkpoint
+from vlm.run import checkpoint, restore
 from vlm.run.engine import Engine, derive
 from vlm.types import IGNORE, Batch
 
@@ -131,7 +131,7 @@ def run(stage: str, world: Any, folder: Path) -> dict[str, Any]:
     with safe_open(folder_of_it / "model.safetensors", "pt") as file:
         names = sorted(file.keys())
     again = build(dtype)
-    checkpoint.load_weights(folder_of_it, again)
+    restore.load_weights(folder_of_it, again)
     same = [n for n, p in again.named_parameters() if torch.allclose(p.float(), after[n].float(), rtol=1e-2, atol=1e-3)]
     return {
         "losses": losses,

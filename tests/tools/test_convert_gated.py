@@ -21,7 +21,8 @@ from vlm.models.gated_files import stored_config
 from vlm.models.trained import other_rows
 from vlm.models.vamos import Vamos
 from vlm.recipe import check_inputs, load
-from vlm.run import checkpoint
+from vlm.run import checkpoint, restore
+from vlm.tensor_files import seal
 from vlm.types import UserError
 from vlm.weights import state_hash
 
@@ -83,7 +84,7 @@ def test_released_to_ours_and_back(
     skipped = r.LAYERS - args.get("adapter_layer", r.LAYERS)
     gates = 1 if family == "vamos" else 2
     assert len(dict(model.named_buffers())) == gates * skipped
-    checkpoint.load_weights(ours, model)  # names, shapes and the LLaMA's hash
+    restore.load_weights(ours, model)  # names, shapes and the LLaMA's hash
     assert same({n: t for n, t in model.state_dict().items() if not n.startswith("llm.")}, content["model"])
 
     r.convert(ours, tmp_path / "back.pth", "--from", "vlm", "--to", family)
@@ -144,7 +145,7 @@ def test_a_model_that_reads_no_video_keeps_the_projector_aside(
     assert set(load_file(tmp_path / "ours" / "unused.safetensors")) == {"visual_proj.weight"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        checkpoint.load_weights(tmp_path / "ours", load("vamos.debug", overrides[2:]).model.build())
+        restore.load_weights(tmp_path / "ours", load("vamos.debug", overrides[2:]).model.build())
     r.convert(tmp_path / "ours", tmp_path / "back.pth", "--from", "vlm", "--to", "vamos")
     assert same(torch.load(tmp_path / "back.pth", weights_only=False)["model"], content["model"])
 
@@ -173,9 +174,8 @@ def test_trained_here_for_the_original(tmp_path: Path, family: str, capsys: pyte
         model = recipe.model.build()
     weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     state = {"step": 7, "recipe": to_dict(recipe)}
-    want = {"model.safetensors": {n: tuple(t.shape) for n, t in weights.items()}}
     root = tmp_path / "run" / "checkpoints"
-    checkpoint._write(root, root / "step-00000007", weights, {}, state, model.frozen_hash(), want)
+    checkpoint.write(root, state, weights, {}, model.frozen_hash())
 
     r.convert(tmp_path / "run", tmp_path / "out.pth", "--from", "vlm", "--to", family)
     said = capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_trained_here_for_the_original(tmp_path: Path, family: str, capsys: pyte
         assert (args["use_cap"], args["use_vis"], args["proj_type"], args["rope_theta"]) == (True, True, "linear", 5e5)
     # and what was written is ours again, to the bit
     r.convert(tmp_path / "out.pth", tmp_path / "again", "--from", family, "--to", "vlm", *flags)
-    checkpoint.load_weights(tmp_path / "again", model)
+    restore.load_weights(tmp_path / "again", model)
     assert same(load_file(tmp_path / "again" / "model.safetensors"), weights)
 
 
@@ -209,7 +209,7 @@ def test_what_the_original_cannot_compute(tmp_path: Path, llama: Path, capsys: p
     del manifest["source"]
     system = stored_config(manifest["recipe"]["model"], "x").build()
     manifest["frozen_hash"] = system.frozen_hash()
-    (ours / "manifest.json").write_text(json.dumps(manifest))
+    (ours / "manifest.json").write_text(json.dumps(seal(manifest)))
     said = r.refusal(capsys, ours, tmp_path / "back.pth", "--from", "vlm", "--to", "flipped")
     assert "model.adapter_layer is 2 of 3 blocks and model.skip_lower_blocks false" in said
     assert not (tmp_path / "back.pth").exists()
@@ -284,7 +284,7 @@ def test_ours_is_tied_to_its_llama_by_hash(tmp_path: Path, llama: Path, capsys: 
     assert f"has hash {wrong.build().frozen_hash()}" in said
     assert not (tmp_path / "back.pth").exists()
     with pytest.raises(UserError, match="other frozen weights") as caught:
-        checkpoint.load_weights(ours, wrong.build())
+        restore.load_weights(ours, wrong.build())
     for fact in (manifest["frozen_hash"], wrong.build().frozen_hash(), f"'{llama}' -> '{other}'"):
         assert fact in str(caught.value)
     # without any LLaMA the tensors are still what they are
@@ -367,9 +367,9 @@ def test_ours_under_other_settings(tmp_path: Path, llama: Path) -> None:
     ):
         other = stored_config({**settings, **change}, "x").build()
         with pytest.raises(UserError, match=said):
-            checkpoint.load_weights(ours, other)
+            restore.load_weights(ours, other)
     free = stored_config({**settings, "activation_checkpointing": True, "tau": 1.0, "adapter_layer": 3}, "x").build()
-    checkpoint.load_weights(ours, free)
+    restore.load_weights(ours, free)
 
 
 def test_args_that_contradict_their_tensors(tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

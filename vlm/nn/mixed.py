@@ -18,6 +18,7 @@ def adapt(module: nn.Module) -> None:
     A layer's outputs have the precision of its inputs; of ids (embeddings), that of its weights. Where all weights and
     inputs are of one precision nothing is cast.
     """
+    layer: Any
     for layer in module.modules():
         if any(True for _ in layer.children()) or _precision(layer) is None or hasattr(layer, "_adapted"):
             continue

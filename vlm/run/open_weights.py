@@ -10,7 +10,7 @@ import torch
 from vlm.models.system import System
 from vlm.models.trained import other_rows
 from vlm.recipe import Recipe
-from vlm.run import checkpoint
+from vlm.run import checkpoint, restore
 
 
 def locate(source: Path, recipe: Recipe) -> Path:
@@ -33,7 +33,7 @@ def fill(model: System, found: Path | None, recipe: Recipe, say: Callable[[str],
         return "none: the weights that training would begin with"
     if found.is_file():
         return model.take_published(found)
-    state = checkpoint.load_weights(found, model)
+    state = restore.load_weights(found, model)
     note = other_rows(found, recipe.inputs)
     if note:
         say(f"note: {note}")

@@ -140,7 +140,7 @@ class Tensors:
         """(count,) elements from `start` on of the flattened tensor, in the file's precision."""
         dtype = _TORCH_DTYPES[self._places[name]["dtype"]]
         begin, end = self._places[name]["data_offsets"]
-        assert 0 <= start and (start + count) * dtype.itemsize <= end - begin, f"{name}: {start} + {count} elements"
+        assert 0 <= start * dtype.itemsize <= (start + count) * dtype.itemsize <= end - begin, name
         if not count:
             return torch.empty(0, dtype=dtype)
         offset = self._start + begin + start * dtype.itemsize

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from vlm.models import trained
-from vlm.run import checkpoint
+from vlm.run import checkpoint, restore
 
 
 def rewind(folder: Path, engine: Any) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def rewind(folder: Path, engine: Any) -> dict[str, Any]:
         the checkpoint's state.json.
     """
     state = json.loads((folder / checkpoint.STATE).read_text())
-    checkpoint.load_optimizer(folder, engine, state)
+    restore.load_optimizer(folder, engine, state)
     _publish(engine.optimizer)
     buffers = trained.persistent_buffers(engine.model)
     if buffers:

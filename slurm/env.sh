@@ -1,43 +1,12 @@
-# Sourced by the jobs of this folder, and again by each of their tasks: where the processes of a job meet.
-#
-# MASTER_ADDR is the address of the job's first node, MASTER_PORT follows from the job's number (so two jobs on a node
-# do not meet, and a job that is requeued takes another), the network interface is the one that leads there. What is
-# set already stays: export NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, MASTER_ADDR or MASTER_PORT to decide otherwise.
+# Sourced by the jobs of this folder: how they start tasks, and what follows from how these end. Where the tasks meet
+# (address, port, network interface) they find out themselves (vlm/rendezvous.py).
 
-if [[ -z ${MASTER_ADDR:-} ]]; then
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # not head: it would break the pipe
-    address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    export MASTER_ADDR=${address:-$first}
-fi
-if [[ -z ${MASTER_PORT:-} ]]; then
-    sum=$(printf '%s' "$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}" | cksum | cut -d ' ' -f 1)
-    export MASTER_PORT=$((15000 + sum % 15000)) # below the ports that systems give away
-fi
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun of Slurm from 22.05 on does not take it from the job
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# The interface of this node that leads to the first: the one with the address itself, on the first.
-interface_to() {
-    local address found
-    address=$(getent ahostsv4 "$1" | awk 'NR == 1 { print $1 }' || true)
-    found=$(ip -o addr show to "${address:-$1}" 2>/dev/null | awk 'NR == 1 { print $2 }' || true)
-    if [[ -z $found ]]; then
-        found=$(ip -o route get "${address:-$1}" 2>/dev/null | sed -n '1s/.* dev \([^ ]*\).*/\1/p' || true)
-    fi
-    printf '%s' "$found"
-}
-
-if [[ ${SLURM_JOB_NUM_NODES:-1} -gt 1 && -n ${SLURM_PROCID:-} ]]; then
-    interface=$(interface_to "$MASTER_ADDR")
-    if [[ -n $interface ]]; then
-        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
-    fi
-fi
-
 # in_tasks SCRIPT ARGUMENTS: the script in every task of the job, one a GPU; where one fails, all end.
 in_tasks() {
-    # shellcheck disable=SC2016 # expanded by each task
-    supervise srun --kill-on-bad-exit=1 bash -c 'set -euo pipefail; . slurm/env.sh; exec .venv/bin/python "$@"' task "$@"
+    supervise srun --kill-on-bad-exit=1 .venv/bin/python "$@"
 }
 
 # supervise COMMAND: runs it and ends the job as it ended, or has the job queued again:
@@ -47,31 +16,40 @@ in_tasks() {
 #                         before it could save. Queued again VLM_MAX_REQUEUES times (10), counted in the job's comment.
 # What was cancelled, or failed in another way, is not.
 supervise() {
-    local said status=0 running
+    local said errors copier running status _
     said=$(mktemp)
-    "$@" 2> >(tee "$said" >&2) &
+    exec {errors}> >(exec tee "$said" >&2)
+    copier=$!
+    "$@" 2>&"$errors" {errors}>&- &
     running=$!
+    exec {errors}>&-
     trap 'echo "slurm: told to stop"; kill -USR1 "$running" 2>/dev/null || true' USR1 TERM
     while true; do # a signal that comes ends `wait`, not the command
         wait "$running" && status=0 || status=$?
         kill -0 "$running" 2>/dev/null || break
     done
-    if [[ $status != 0 ]]; then
-        after_failure "$(status_of_tasks "$status" "$said")"
-    fi
+    for _ in {1..50}; do # until all that was said is in the file
+        kill -0 "$copier" 2>/dev/null || break
+        sleep 0.1
+    done
+    [[ $status == 0 ]] || after_failure "$(status_of_tasks "$status" "$said")"
     rm -f "$said"
 }
 
-# srun ends the other tasks when the first has ended, and then with a status of its own: what each ended with, it says.
+# status_of_tasks STATUS FILE: srun ends the other tasks when the first has ended, and then with a status of its own; what
+# the tasks ended with, it says: 85 or 86 of any, or else what the first did.
 status_of_tasks() {
-    local asked
-    for asked in 85 86; do
-        if [[ $1 == "$asked" ]] || grep -q "^srun: error: .*Exited with exit code $asked\$" "$2"; then
-            echo "$asked"
-            return
-        fi
-    done
-    echo "$1"
+    local first
+    first=$(grep -E '^srun: error: [^ ]+: tasks? [^ ]+: ' "$2" | sed 's/^srun: error: [^ ]*: tasks\? [^ ]*: //' || true)
+    case $first in
+    *"exit code 85"*) echo 85 ;;
+    *"exit code 86"*) echo 86 ;;
+    "Exited with exit code "*) sed -n '1s/.* //p' <<<"$first" ;;
+    "Terminated"*) echo 143 ;;
+    "User defined signal 1"*) echo 138 ;;
+    ?*) echo 1 ;; # killed, a segmentation fault, …
+    *) echo "$1" ;;
+    esac
 }
 
 # after_failure STATUS: queues the job again where that helps, otherwise ends it with the status.
@@ -85,7 +63,7 @@ after_failure() {
     85) requeue "stopped by a signal, and saved" ;;
     86) requeue_if_few "the run hung" ;;
     138 | 143) requeue_if_few "ended by a signal" ;; # 128 + SIGUSR1 or SIGTERM: it did not listen yet
-    2 | 3) ;;                                      # the user's error, or the numbers': it would come again
+    2 | 3) ;;                                        # the user's error, or the numbers': it would come again
     *)
         lost=$(lost_nodes)
         [[ -z $lost ]] || requeue_if_few "lost $lost"
@@ -96,7 +74,7 @@ after_failure() {
 
 requeue_if_few() {
     local most=${VLM_MAX_REQUEUES:-10} count comment
-    comment=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Comment=//p')
+    comment=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/ *$//; s/^ *Comment=\((null)\)\?//p')
     count=$(sed -n 's/.*failures:\([0-9]*\)$/\1/p' <<<"$comment")
     count=$((${count:-0} + 1))
     if ((count > most)); then

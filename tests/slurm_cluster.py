@@ -199,7 +199,8 @@ class Cluster:
         end = time.monotonic() + seconds
         while (about := self.job(number))["JobState"] not in wanted:
             said = f"job {number} is {about['JobState']} ({about.get('Reason')}), not {wanted}:\n"
-            assert about["JobState"] not in over and time.monotonic() < end, said + self.output(number) + self.logs()
+            ended = about["JobState"] in over or time.monotonic() > end
+            assert not ended, said + self.output(number) + self.logs()
             time.sleep(0.3)
         return about
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,26 +13,40 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 JOBS = ("pretrain", "finetune", "evaluate")
 
+# A step of tasks: what it says and its status are those that a test wants. A node named `lost` starts nothing.
 SRUN = """#!/usr/bin/env bash
-set -euo pipefail
+[[ " $* " == *" --nodelist=lost "* ]] && exit 1
+[[ $1 == --overlap ]] && exit 0
 [[ $1 == --kill-on-bad-exit=1 ]] && shift
-SLURM_STEP_ID=0 SLURM_PROCID=${TASK:-0} "$@"
+SLURM_STEP_ID=0 "$@"
+if [[ -n ${SAYS:-} ]]; then printf '%b\\n' "$SAYS" >&2; fi
+exit "${ENDS:-0}"
 """
 SCONTROL = """#!/usr/bin/env bash
-if [[ "$1 $2" == "show hostnames" ]]; then printf 'first\\nsecond\\n'; else
-echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=127.0.0.1 NodeHostName=host Version=1"; fi
+if [[ "$1 $2" == "show hostnames" ]]; then printf 'first\\n%s\\n' "${SECOND:-second}"; exit; fi
+if [[ "$1 $2" == "show job" ]]; then
+    printf 'JobId=%s JobName=x\\n   Comment=%s \\n   Power=\\n' "$3" "${COMMENT:-}"
+    exit
+fi
+echo "$*" >> calls
 """
+SQUEUE = "#!/usr/bin/env bash\necho ${STATE-RUNNING}\n"
+SLEEP = "#!/usr/bin/env bash\n[[ $1 == 600 ]] || exec /bin/sleep $1\n"
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$@"
 env | grep -E '^(MASTER_|OMP_NUM|SRUN_CPUS|NCCL_SOCKET|GLOO_SOCKET)' | sort
 """
+PROGRAMS = {
+    **{"bin/srun": SRUN, "bin/scontrol": SCONTROL, "bin/squeue": SQUEUE, "bin/sleep": SLEEP},
+    ".venv/bin/python": PYTHON,
+}
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A repository whose Python prints how it was called."""
     (tmp_path / "slurm").symlink_to(REPOSITORY / "slurm")
-    for name, content in (("bin/srun", SRUN), ("bin/scontrol", SCONTROL), (".venv/bin/python", PYTHON)):
+    for name, content in PROGRAMS.items():
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
@@ -41,21 +54,25 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def submit(place: Path, job: str, *arguments: str, **variables: str) -> tuple[list[str], dict[str, str]]:
-    """(arguments of Python, variables that it saw) of one task of a job."""
+def play(place: Path, job: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A job's script, with Slurm's variables."""
     own = {
         "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(place),
         "SLURM_JOB_ID": "42",
         "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_NUM_NODES": "2",
         "SLURM_CPUS_PER_TASK": "3",
         **variables,
     }
     script = REPOSITORY / "slurm" / f"{job}.sbatch"
-    done = subprocess.run(
+    return subprocess.run(
         ["bash", str(script), *arguments], env=own, cwd="/", capture_output=True, text=True, timeout=60
     )
+
+
+def submit(place: Path, job: str, *arguments: str, **variables: str) -> tuple[list[str], dict[str, str]]:
+    """(arguments of Python, variables that it saw) of one task of a job."""
+    done = play(place, job, *arguments, **variables)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     first = next(number for number, line in enumerate(lines) if re.match(r"[A-Z_]+=", line))
@@ -124,25 +141,84 @@ def test_another_file_of_settings(place: Path) -> None:
         assert found[:3] == [f"launch/{script}.py", "--deepspeed_config", "ds configs/x.json"]
 
 
-def test_where_tasks_meet(place: Path) -> None:
-    _, first = submit(place, "pretrain")
-    _, again = submit(place, "finetune", TASK="1")
-    assert first == again, "the same for every task of a job"
-    assert first["MASTER_ADDR"] == "127.0.0.1"
-    assert 15000 <= int(first["MASTER_PORT"]) < 30000
-    assert first["OMP_NUM_THREADS"] == first["SRUN_CPUS_PER_TASK"] == "3"
-    if shutil.which("ip"):
-        assert first["GLOO_SOCKET_IFNAME"] == first["NCCL_SOCKET_IFNAME"] == "lo", "the interface of that address"
-    ports = {submit(place, "pretrain", SLURM_JOB_ID=str(job))[1]["MASTER_PORT"] for job in range(42, 48)}
-    assert len(ports) == 6
-    assert submit(place, "pretrain", SLURM_RESTART_COUNT="1")[1]["MASTER_PORT"] != first["MASTER_PORT"]
-    _, own = submit(place, "pretrain", MASTER_ADDR="there", MASTER_PORT="7", NCCL_SOCKET_IFNAME="ib0")
-    assert (own["MASTER_ADDR"], own["MASTER_PORT"], own["NCCL_SOCKET_IFNAME"]) == ("there", "7", "ib0")
+def test_what_tasks_are_told(place: Path) -> None:
+    _, seen = submit(place, "pretrain", MASTER_PORT="7")
+    assert seen == {"OMP_NUM_THREADS": "3", "SRUN_CPUS_PER_TASK": "3", "MASTER_PORT": "7"}
+    _, seen = submit(place, "pretrain", OMP_NUM_THREADS="1")
+    assert seen == {"OMP_NUM_THREADS": "1", "SRUN_CPUS_PER_TASK": "3"}, "where they meet is left to them"
 
 
-def test_one_node_needs_no_interface(place: Path) -> None:
-    _, seen = submit(place, "pretrain", SLURM_JOB_NUM_NODES="1")
-    assert "NCCL_SOCKET_IFNAME" not in seen
+TERMINATED = "\\nsrun: error: node2: task 1: Terminated"
+ENDINGS = {
+    "saved": ({"ENDS": "85"}, 85, "stopped by a signal, and saved", ""),
+    "saved, and the others were ended": (
+        {"ENDS": "143", "SAYS": f"srun: error: node1: tasks 0-1: Exited with exit code 85{TERMINATED}"},
+        *(85, "stopped by a signal, and saved", ""),
+    ),
+    "saved, after many failures": ({"ENDS": "85", "COMMENT": "failures:10"}, 85, "stopped by a signal, and saved", ""),
+    "hung": (
+        {"ENDS": "137", "SAYS": "srun: error: a: task 1: Exited with exit code 86\\nsrun: error: b: task 0: Killed"},
+        *(86, "the run hung (1 of 10)", "failures:1"),
+    ),
+    "hung, one was killed before": (
+        {"ENDS": "137", "SAYS": "srun: error: b: task 0: Killed\\nsrun: error: a: task 1: Exited with exit code 86"},
+        *(86, "the run hung (1 of 10)", "failures:1"),
+    ),
+    "hung again": ({"ENDS": "86", "COMMENT": "my own failures:9"}, 86, "the run hung (10 of 10)", "my own failures:10"),
+    "hung too often": ({"ENDS": "86", "COMMENT": "failures:10"}, 86, None, ""),
+    "hung, which may not be": ({"ENDS": "86", "VLM_MAX_REQUEUES": "0"}, 86, None, ""),
+    "signal while it loads": ({"ENDS": "138"}, 138, "ended by a signal (1 of 10)", "failures:1"),
+    "preempted while it loads": (
+        {"ENDS": "143", "SAYS": "srun: error: a: task 0: Terminated"},
+        *(143, "ended by a signal (1 of 10)", "failures:1"),
+    ),
+    "a node is lost": (
+        {"ENDS": "143", "SECOND": "lost", "SAYS": f"srun: error: a: task 0: Exited with exit code 1{TERMINATED}"},
+        *(1, "lost lost (1 of 10)", "failures:1"),
+    ),
+    "an error": (
+        {"ENDS": "143", "SAYS": f"srun: error: a: task 0: Exited with exit code 1{TERMINATED}"},
+        *(1, None, ""),
+    ),
+    "the user's error": (
+        {"ENDS": "143", "SECOND": "lost", "SAYS": f"srun: error: a: task 0: Exited with exit code 2{TERMINATED}"},
+        *(2, None, ""),
+    ),
+    "numbers": ({"ENDS": "3", "SECOND": "lost"}, 3, None, ""),
+    "killed for its memory": (
+        {"ENDS": "143", "SAYS": f"srun: error: b: task 1: Out Of Memory{TERMINATED}"},
+        *(1, None, ""),
+    ),
+    "cancelled": ({"ENDS": "85", "STATE": "COMPLETING"}, 85, None, ""),
+    "cancelled while it loads": ({"ENDS": "143", "STATE": ""}, 143, None, ""),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_follows_from_an_ending(place: Path, ending: str) -> None:
+    variables, status, queued, comment = ENDINGS[ending]
+    done = play(place, "pretrain", **variables)
+    assert done.returncode == status
+    calls = (place / "calls").read_text().splitlines() if (place / "calls").exists() else []
+    assert calls == [
+        *([f"update JobId=42 Comment={comment}"] if comment else []),
+        *(["requeue 42"] if queued else []),
+    ]
+    if queued:
+        assert f"slurm: {queued}: job 42 is queued again and goes on from its last checkpoint" in done.stdout
+    assert variables.get("SAYS", "").replace("\\n", "\n") in done.stderr, "what tasks say is in the job's log"
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_a_signal_to_the_job_reaches_the_run_as_sigusr1(place: Path, name: str) -> None:
+    listens = (
+        "#!/usr/bin/env bash\ntrap 'echo saved; exit 85' USR1\nkill -{} $PPID\nfor _ in {{1..99}}; do sleep 0.1; done"
+    )
+    (place / ".venv/bin/python").write_text(listens.format(name))
+    (place / "bin/srun").write_text('#!/usr/bin/env bash\nshift\nexec "$@"\n')  # srun passes SIGUSR1 to its tasks
+    done = play(place, "pretrain")
+    assert (done.returncode, done.stdout.splitlines()[:2]) == (85, ["slurm: told to stop", "saved"])
+    assert (place / "calls").read_text() == "requeue 42\n"
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -151,4 +227,5 @@ def test_a_task_a_gpu_and_nothing_lost_in_a_requeue(job: str) -> None:
     options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
     assert options["gres"] == f"gpu:{options['ntasks-per-node']}"
     assert {"requeue", "open-mode"} <= options.keys()
+    assert options["signal"] == "B:USR1@120", "told ahead of the time limit, the job's shell alone"
     assert len(lines) < 32, "thin: what jobs share is in env.sh"

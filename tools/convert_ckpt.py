@@ -49,6 +49,7 @@ from vlm.models.system import System
 from vlm.models.video_llama_files import is_blip2_folder
 from vlm.recipe import load
 from vlm.run import checkpoint
+from vlm.tensor_files import seal
 from vlm.types import UserError
 from vlm.weights import atomic_file, diff_keys, file_hash, read_state_dict, state_hash, write_safetensors
 
@@ -125,7 +126,7 @@ def write_vlm(path: Path, model: Model, recipe: System | None) -> None:
         **inputs_part,
     }
     with atomic_file(path / "manifest.json") as file:
-        file.write((json.dumps(manifest, indent=1) + "\n").encode())
+        file.write((json.dumps(seal(manifest), indent=1) + "\n").encode())
 
 
 # ------------------------------------------------------------------------------------------ the tool

@@ -19,7 +19,6 @@ from vlm.config import to_dict
 from vlm.data.tokenizers import ByteTokenizer
 from vlm.recipe import Recipe, load
 from vlm.run import checkpoint
-from vlm.run.checkpoint import WEIGHTS, _write
 
 RECIPE = "video_llama.debug"
 
@@ -74,9 +73,8 @@ def write_talker(folder: Path, ends: float = 0.0) -> Path:
     weights = {name: p.detach().clone() for name, p in system.named_parameters() if p.requires_grad}
     root = folder / "run" / "checkpoints"
     state = {"step": 3, "recipe": to_dict(recipe)}
-    shapes = {WEIGHTS: {name: tensor.shape for name, tensor in weights.items()}}
-    _write(root, root / "step-00000003", weights, {}, state, system.frozen_hash(), shapes)
-    assert checkpoint.resolve(folder / "run") == root / "step-00000003"
+    written = checkpoint.write(root, state, weights, {}, system.frozen_hash())
+    assert checkpoint.resolve(folder / "run") == written == root / "step-00000003"
     return folder / "run"
 
 

@@ -1,19 +1,20 @@
 """A checkpoint is whole or it is not there; any stage and any number of processes reads any."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from vlm.config import override
 from vlm.data.loader import MicroBatch
 from vlm.distributed import join
 from vlm.recipe import load
-from vlm.run import checkpoint
+from vlm.run import checkpoint, restore
 from vlm.run.checkpoint import Progress
 from vlm.run.engine import Engine, derive
+from vlm.tensor_files import seal
 from vlm.types import Batch, UserError
 
 
@@ -50,9 +51,9 @@ def test_any_zero_stage_continues_any_other(world, tmp_path, writer, reader):
     expected = [step(first, 2), step(first, 3)]
 
     model, recipe, config = make_engine(world, reader, seed=9)
-    state = checkpoint.load_weights(folder, model)
+    state = restore.load_weights(folder, model)
     second = Engine(model, recipe, config, world)
-    checkpoint.load_optimizer(folder, second, state)
+    restore.load_optimizer(folder, second, state)
     assert [step(second, 2), step(second, 3)] == pytest.approx(expected, rel=1e-6)
 
 
@@ -100,50 +101,43 @@ def test_a_damaged_step_that_is_made_again_is_replaced(world, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001", "step-00000002"]
 
 
-@pytest.mark.parametrize("where", ["save_file", "sync", "replace_file"])
-def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(world, tmp_path, monkeypatch, where):
-    engine = Engine(*make_engine(world), world)
-    save(engine, tmp_path, 1)
-    stale = tmp_path / ".step-00000007.tmp"  # of a save that was killed
-    stale.mkdir()
-
-    def full(*_args, **_kwargs):
-        assert not stale.exists(), "it takes the room that is needed"
-        kind = SafetensorError if where == "save_file" else OSError
-        raise kind("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(checkpoint, where, full)
-    with pytest.raises(UserError, match=r"step-00000002: .*No space left.*make room"):
-        save(engine, tmp_path, 2)
-    monkeypatch.undo()
-    assert not list(tmp_path.glob(".step-*"))
-    assert checkpoint.newest(tmp_path)[0].name == "step-00000001"
-    assert (tmp_path / "latest").read_text().strip() == "step-00000001"
-    save(engine, tmp_path, 3)
-
-
 def test_a_trained_tensor_that_is_not_written_is_an_error_by_name(world, tmp_path, monkeypatch):
     engine = Engine(*make_engine(world), world)
     save(engine, tmp_path, 1)
-    whole = checkpoint.zero_state.read
-    for name, change, part in (
-        ("head.weight", lambda values: None, "1 missing"),
-        ("head.weight", lambda values: values | {"param": values["param"][:-1].clone()}, "of another shape"),
-        ("fc_norm.bias", lambda values: values | {"exp_avg": values["exp_avg"][1:].clone()}, "of another shape"),
+    whole = checkpoint.zero_state.fragments
+    for name, start, cut in (
+        ("head.weight", 0, 0),
+        ("head.weight", 0, -1),
+        ("fc_norm.bias", 1, None),
     ):
 
-        def read(engine, name=name, change=change):
-            changed = ((n, change(values) if n == name else values) for n, values in whole(engine))
-            return (item for item in changed if item[1] is not None)
+        def fragments(engine, name=name, start=start, cut=cut):
+            for fragment in whole(engine):
+                if fragment.name == name:
+                    values = {kind: value[start:cut] for kind, value in fragment.values.items()}
+                    fragment = replace(fragment, start=start, values=values)
+                yield fragment
 
-        monkeypatch.setattr(checkpoint.zero_state, "read", read)
-        with pytest.raises(UserError, match=f"{part}(.|\n)*{name}"):
+        monkeypatch.setattr(checkpoint.zero_state, "fragments", fragments)
+        with pytest.raises(
+            UserError, match=rf"step-00000002: would not hold what trains.*3 missing or in part.*{name}"
+        ):
             save(engine, tmp_path, 2, is_best=True)
         assert (tmp_path / "latest").read_text().strip() == "step-00000001"
         assert not (tmp_path / "best").exists()
-    monkeypatch.setattr(checkpoint.zero_state, "read", whole)
+    monkeypatch.setattr(checkpoint.zero_state, "fragments", whole)
     save(engine, tmp_path, 3)
     assert not list(tmp_path.glob(".step-*"))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_trains_must_be_what_the_engine_was_built_to_train(world, tmp_path, trains):
+    engine = Engine(*make_engine(world), world)
+    parameters = dict(engine.model.named_parameters())
+    name = "llama.norm.weight" if trains else "head.bias"
+    parameters[name].requires_grad_(trains)
+    with pytest.raises(UserError, match=rf"not what the engine was built to train(.|\n)*{name}"):
+        save(engine, tmp_path, 1)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
@@ -168,7 +162,7 @@ def test_damage_is_found_by_name(world, tmp_path, damage):
 def test_a_manifest_that_lists_no_files_verifies_nothing(world, tmp_path, files):
     folder = save(Engine(*make_engine(world), world), tmp_path, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files}))
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest | {"files": files})))
     with pytest.raises(UserError, match=r"manifest\.json: lists no files"):
         checkpoint.verify(folder)
 
@@ -179,27 +173,27 @@ def test_what_is_needed_must_be_listed(world, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in ("optimizer.safetensors", "model.safetensors"):
         del manifest["files"][name]
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
         with pytest.raises(UserError, match=rf"{name}: is missing"):
             checkpoint.newest(tmp_path)
         if name.startswith("optimizer"):
-            checkpoint.load_weights(folder, model)  # enough for a test
+            restore.load_weights(folder, model)  # enough for a test
     with pytest.raises(UserError, match=r"model\.safetensors: is missing"):
-        checkpoint.load_weights(folder, model)
+        restore.load_weights(folder, model)
 
 
 def test_other_frozen_weights_are_refused(world, tmp_path):
     folder = save(Engine(*make_engine(world), world), tmp_path, 1)
     recipe = override(load("vit_llama.debug"), ["model.llama.random_seed=5"])
     with pytest.raises(UserError, match="other frozen weights"):
-        checkpoint.load_weights(folder, recipe.model.build())
+        restore.load_weights(folder, recipe.model.build())
 
 
 def test_another_shape_is_refused_by_name(world, tmp_path):
     folder = save(Engine(*make_engine(world), world), tmp_path, 1)
     recipe = override(load("vit_llama.debug"), ["model.num_classes=9", "inputs.num_classes=9"])
     with pytest.raises(UserError, match=r"head\.weight"):
-        checkpoint.load_weights(folder, recipe.model.build())
+        restore.load_weights(folder, recipe.model.build())
 
 
 def test_resolve_takes_a_checkpoint_a_run_or_says_what_is_missing(world, tmp_path):

@@ -26,7 +26,8 @@ from vlm.models.published import FINETUNE, PRETRAIN, VIT_LLAMA, from_ours
 from vlm.models.system import System
 from vlm.models.vit_llama import LlamaLayerConfig, ViTLlamaConfig
 from vlm.recipe import load
-from vlm.run import checkpoint
+from vlm.run import restore
+from vlm.tensor_files import seal
 from vlm.weights import state_hash, write_safetensors
 
 SIZES = (  # stated here, so that the recipes stay free to change
@@ -303,7 +304,7 @@ def write_trained(folder: Path, kind: str) -> System:
         "files": files,
         "tensors": {n: {"shape": list(t.shape), "dtype": "float32"} for n, t in trained.items()},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
     return model
 
 
@@ -335,7 +336,7 @@ def test_training_loads_a_converted_checkpoint(tmp_path: Path, kind: str) -> Non
         for parameter in fresh.parameters():
             if parameter.requires_grad:
                 parameter.zero_()
-    checkpoint.load_weights(tmp_path / "ours", fresh)
+    restore.load_weights(tmp_path / "ours", fresh)
     assert same(dict(fresh.state_dict()), dict(model.state_dict()))
 
 
@@ -352,12 +353,12 @@ def test_manifest_guards_every_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     content[-1] ^= 1
     (ours / "model.safetensors").write_bytes(content)
     manifest["tensors"]["head.bias"]["shape"] = [7]
-    (ours / "manifest.json").write_text(json.dumps(manifest))
+    (ours / "manifest.json").write_text(json.dumps(seal(manifest)))
     assert "manifest.json says head.bias is ([7], 'float32'), the weight files have ([8], 'float32')" in refused(
         capsys, *common
     )
-    (ours / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    assert "checkpoint format 2" in refused(capsys, *common)
+    (ours / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+    assert "checkpoint format 3" in refused(capsys, *common)
     (ours / "manifest.json").unlink()
     assert "neither a checkpoint" in refused(capsys, *common)
     assert not (tmp_path / "back.pth").exists()

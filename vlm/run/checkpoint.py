@@ -1,7 +1,7 @@
 """Checkpoints: trainable weights, Adam moments and the position in the data; written whole or not at all.
 
     RUN/checkpoints/step-00000100/
-        manifest.json           format, step, every file with bytes and sha256, every tensor with shape, frozen hash
+        manifest.json           format, step, recipe, hashes: of the frozen base, of every file, of every tensor
         model.safetensors       trainable weights, fp32, by the model's own names
         optimizer.safetensors   exp_avg/<name> and exp_avg_sq/<name>, fp32
         state.json              step, seed, recipe, random rule, quarantined records, best metric
@@ -11,34 +11,41 @@
 Tensors are whole and named, so a checkpoint loads at any ZeRO stage and any number of processes. Frozen weights are
 not in it: they come from their own source and are checked by hash. No random state is stored: every draw is made from
 (seed, step, rank) or (seed, position), so the step is the state.
+
+Training waits only while each rank copies its own fragments to host memory. Threads of all ranks then write them into
+one folder, flush it, read it back and compare; only then does it get its name, and only then do older ones go.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from vlm.distributed import barrier, from_main
-from vlm.files import replace_file, sync
+from vlm.distributed import barrier, stop_together
 from vlm.models import trained
 from vlm.models.system import System
-from vlm.run import zero_state
+from vlm.run import checkpoint_files, zero_state
+from vlm.run.checkpoint_files import MANIFEST, remove_unfinished, steps
+from vlm.run.checkpoint_group import Group
+from vlm.run.checkpoint_job import FORMAT, STATE, Facts, Job
+from vlm.run.checkpoint_plan import OPTIMIZER, WEIGHTS, Plan, Source, describe, sources, whole_tensors
 from vlm.run.run_folder import read_json
+from vlm.tensor_files import check_file, seal
 from vlm.types import UserError
-from vlm.weights import diff_keys, file_hash
 
-FORMAT = 1
-WEIGHTS, OPTIMIZER, STATE = trained.WEIGHTS, "optimizer.safetensors", "state.json"
+READ = (1, FORMAT)
+"""Formats that can be read: 1 has a sha256 of each file and none of tensors, nor of the manifest itself."""
+SECONDS = 1800.0
+"""How long writing a checkpoint may take where nothing else is said."""
 
 
 @dataclass(slots=True)
@@ -58,18 +65,78 @@ class Saver:
         root: the run's checkpoint folder.
         engine: vlm.run.engine.Engine.
         keep: newest checkpoints to keep; the best one is kept besides.
+        seconds: how long writing one may take before it counts as stuck.
+        say: tells the user a line (rank 0).
     """
 
-    def __init__(self, root: Path, engine: Any, *, keep: int) -> None:
-        self.root, self.engine, self.keep = root, engine, keep
+    def __init__(
+        self,
+        root: Path,
+        engine: Any,
+        *,
+        keep: int,
+        seconds: float = SECONDS,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.root, self.engine, self.keep, self.seconds = root, engine, keep, seconds
+        self._say = say
+        self._group = Group(engine.world, seconds)
+        self._job: Job | None = None
+        self._told: dict[str, float] = {}
+        self._plan = self._planned(describe(engine), sources(engine))
+        if engine.world.is_main:
+            remove_unfinished(root)
 
     def save(self, progress: Progress, about: dict[str, Any], *, is_best: bool = False) -> Path:
-        """Begin to write a checkpoint; its folder. Collective. `progress` may change afterwards."""
-        return save(self.root, self.engine, progress, about, keep=self.keep, is_best=is_best)
+        """Begin to write a checkpoint; its folder. Collective. `progress` and `about` may change afterwards.
+
+        Args:
+            progress: where the run stands.
+            about: JSON-able facts stored with it (recipe, seed, world size, …).
+            is_best: this one has the best metric so far.
+        Raises:
+            UserError: on every rank; it does not hold what trains, or the one before could not be written.
+        """
+        final = self.root / f"step-{progress.step:08d}"
+        self._wait_for_the_last(final)
+        began = time.monotonic()
+        described, held = describe(self.engine), sources(self.engine)
+        fits = self._plan.fits(described, held)
+        fresh = self._job is None or not fits
+        if not fits:
+            self._plan = self._planned(described, held)
+        checkpoint_files._copy(self._plan, held)
+        state = {
+            "step": progress.step,
+            **adam_steps(self.engine),
+            "random": "torch is seeded by (seed, step, rank) at each step, samples by (seed, position)",
+            "quarantined": progress.quarantined,
+            "best_metric": progress.best_metric,
+            "best_step": progress.best_step,
+            **about,
+        }
+        model = self.engine.model
+        frozen = {"frozen_hash": model.frozen_hash(), "frozen": model.frozen_hashes()}
+        facts = _facts(state, frozen, self.keep, is_best)
+        self._job = Job(final, self._plan, facts, self._group, fresh=fresh, seconds=self.seconds)
+        self._job.start()
+        self._told["save_stall"] = self._told.get("save_stall", 0.0) + time.monotonic() - began
+        return final
+
+    def figures(self) -> dict[str, float]:
+        """What saves cost training since this was last asked: seconds of copying (`save_stall`) and, where one had to
+        wait for the one before, of waiting (`save_wait`)."""
+        told, self._told = self._told, {}
+        return told
+
+    def progress(self) -> tuple[str, int]:
+        """What this rank's thread does at the moment ("" where nothing is being written), and a number that grows as
+        it gets on."""
+        return self._job.progress() if self._job is not None and self._job.runs else ("", 0)
 
     def problem(self) -> UserError | None:
         """Why what was begun cannot be written, as far as this rank knows by now. Not collective, does not wait."""
-        return None
+        return None if self._job is None else self._job.problem()
 
     def wait(self) -> None:
         """Until all that was begun is on disk, verified and named by `latest`. Collective.
@@ -77,62 +144,62 @@ class Saver:
         Raises:
             UserError: on every rank; it could not be written.
         """
+        if self._job is not None:
+            self._job.join()
+            stop_together(self._job.problem(), self.engine.world.device)
+
+    def close(self) -> None:
+        """No more is saved. Collective."""
+        self._group.close()
+
+    def _wait_for_the_last(self, final: Path) -> None:
+        if self._job is None:
+            return
+        began, still = time.monotonic(), self._job.runs
+        self.wait()
+        waited = time.monotonic() - began
+        if still:
+            self._told["save_wait"] = self._told.get("save_wait", 0.0) + waited
+            if self.engine.world.is_main:
+                self._say(
+                    f"{final.name} waited {waited:.1f} s for {self._job.final.name}, which was still being written"
+                )
+
+    def _planned(self, described: Any, held: list[Source]) -> Plan:
+        world = self.engine.world
+        return Plan(described, held, pinned=world.device.type == "cuda", rank=world.rank, size=world.size)
 
 
 def save(root: Path, engine: Any, progress: Progress, about: dict[str, Any], *, keep: int, is_best: bool) -> Path:
-    """Write a checkpoint of `engine` under `root` and point `latest` (and `best`) at it. Collective.
+    """Write one checkpoint of `engine` under `root`, and wait until it is on disk. Collective. As `Saver.save`."""
+    saver = Saver(root, engine, keep=keep)
+    try:
+        folder = saver.save(progress, about, is_best=is_best)
+        saver.wait()
+    finally:
+        saver.close()
+    return folder
 
-    Args:
-        root: the run's checkpoint folder.
-        engine: vlm.run.engine.Engine.
-        progress: where the run stands.
-        about: JSON-able facts stored with it (recipe, seed, world size, …).
-        keep: newest checkpoints to keep; the best one is kept besides.
-        is_best: this one has the best metric so far.
-    Returns:
-        the folder.
+
+def write(
+    root: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], frozen_hash: str
+) -> Path:
+    """Write a checkpoint of whole tensors that this process alone holds, as `state` says (its step, and its recipe).
+
     Raises:
-        UserError: on every rank; it could not be written, or does not hold what trains. The one before it is intact.
+        UserError: it could not be written.
     """
-    final = root / f"step-{progress.step:08d}"
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for name, values in zero_state.read(engine):
-        if engine.world.is_main:
-            weights[name] = values["param"]
-            moments.update({f"{kind}/{name}": values[kind] for kind in zero_state.MOMENTS})
-    if engine.world.is_main:
-        buffers = {name: b.detach().cpu().clone() for name, b in trained.persistent_buffers(engine.model).items()}
-        state = {
-            "step": progress.step,
-            **adam_steps(engine),
-            "random": "torch is seeded by (seed, step, rank) at each step, samples by (seed, position)",
-            "quarantined": progress.quarantined,
-            "best_metric": progress.best_metric,
-            "best_step": progress.best_step,
-            **about,
-        }
-        shapes = _trained_shapes(engine)
-        own = shapes | {name: b.shape for name, b in buffers.items()}
-        adam = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in zero_state.MOMENTS}
-        want = {WEIGHTS: own, OPTIMIZER: adam}
-
-    def write() -> None:
-        try:
-            _write(root, final, {**weights, **buffers}, moments, state, engine.model.frozen_hash(), want)
-            if is_best:
-                replace_file(root / "best", f"{final.name}\n".encode())
-        except (OSError, SafetensorError) as error:  # safetensors does not say OSError where the disk is full
-            raise UserError(
-                f"{final}: the checkpoint could not be written ({error}). What was saved before is intact: make "
-                "room, then the same command goes on from there"
-            ) from error
-        finally:
-            _remove_unfinished(root)
-        _prune(root, keep, final.name)
-
-    from_main(engine.world, write)
+    plan, held = whole_tensors(weights, moments)
+    checkpoint_files._copy(plan, held)
+    final = root / f"step-{state['step']:08d}"
+    facts = _facts(state, {"frozen_hash": frozen_hash}, keep=1 << 30, is_best=False)
+    Job(final, plan, facts, Group(None, SECONDS), fresh=True, seconds=SECONDS).run()
     return final
+
+
+def _facts(state: Mapping[str, Any], frozen: Mapping[str, Any], keep: int, is_best: bool) -> Facts:
+    manifest = {"step": state["step"], "recipe": state.get("recipe"), **frozen}
+    return Facts(json.dumps(state, indent=1), manifest, keep, is_best)
 
 
 def adam_steps(engine: Any) -> dict[str, Any]:
@@ -142,121 +209,27 @@ def adam_steps(engine: Any) -> dict[str, Any]:
     return {"adam_steps": common, "adam_steps_of": {name: n for name, n in counts.items() if n != common}}
 
 
-def _trained_shapes(engine: Any) -> dict[str, Sequence[int]]:
-    """Every tensor that the engine was built to train and its whole shape."""
-    parameters = dict(engine.model.named_parameters())
-    return {name: getattr(parameters[name], "ds_shape", parameters[name].shape) for name in engine.names.values()}
-
-
-def _compare_contents(path: Path, want: Mapping[str, Sequence[int]]) -> None:
-    """Open what was written and refuse it (UserError) if a tensor is not in it, or of another shape, or too many."""
-    with safe_open(path, "pt") as file:
-        have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    difference = diff_keys(have, want)
-    if difference:
-        raise UserError(
-            f"{path}: does not hold what trains, so a run that resumes from it would lose it: {difference}\n"
-            "The checkpoint before it is intact, and `latest` still names it. Mend: look for requires_grad that was "
-            "changed after the model was built, or a parameter that was replaced"
-        )
-
-
-def _write(
-    root: Path,
-    final: Path,
-    tensors: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    state: dict[str, Any],
-    frozen: str,
-    want: Mapping[str, Mapping[str, Sequence[int]]],
-) -> None:
-    """Everything into a temporary folder, compared with what trains (`want`: file -> name -> shape), flushed to disk,
-    then one rename; `latest` moves last."""
-    _remove_unfinished(root)
-    temporary = root / f".{final.name}.tmp"
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-    save_file(moments, temporary / OPTIMIZER, metadata={"format": "pt"})
-    (temporary / STATE).write_text(json.dumps(state, indent=1))
-    for name, shapes in want.items():
-        _compare_contents(temporary / name, shapes)
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        path.chmod(0o644)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        sync(path)
-    described = {
-        name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in tensors.items()
-    }
-    manifest = {
-        "format": FORMAT,
-        "step": state["step"],
-        "recipe": state.get("recipe"),
-        "frozen_hash": frozen,
-        "files": files,
-        "tensors": described,
-    }
-    replace_file(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-    if final.exists():  # a damaged one: the run went on from an older one and has come to this step again
-        final.rename(root / f".{final.name}.replaced")
-    temporary.rename(final)
-    sync(root)
-    replace_file(root / "latest", f"{final.name}\n".encode())
-
-
-def _remove_unfinished(root: Path) -> None:
-    """Remove what failed and killed saves left behind: it takes the room that the next one needs."""
-    for folder in root.glob(".step-*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _prune(root: Path, keep: int, written: str) -> None:
-    """Remove all but the one just `written`, the `keep` - 1 before it and the best.
-
-    Those of later steps go too: the run could not go on from them (they are damaged) and makes these steps again.
-    """
-    kept = {written, *[name for name in steps(root) if name <= written][-keep:]}
-    with contextlib.suppress(OSError):
-        kept.add((root / "best").read_text().strip())
-    for folder in root.glob("step-*"):
-        if folder.name not in kept:
-            try:
-                shutil.rmtree(folder)
-            except OSError as error:
-                print(f"{folder}: could not be removed ({error}); it is not needed any more", flush=True)
-
-
-def steps(root: Path) -> list[str]:
-    """Names of the complete checkpoints under `root`, oldest first."""
-    return sorted(p.name for p in root.glob("step-*") if (p / "manifest.json").is_file())
-
-
 def verify(folder: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
-    """The manifest of a checkpoint after checking every file's size and hash.
+    """The manifest of a checkpoint after comparing all that it says with the files, to the bit.
 
     Args:
         needs: files without which it is of no use to the caller.
     Raises:
         UserError: a file is missing or cannot be read, or its content is not what was written.
     """
-    manifest = read_json(folder / "manifest.json")
-    if manifest.get("format") != FORMAT:
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") not in READ:
+        told = " and ".join(map(str, READ))
         raise UserError(
-            f"{folder}/manifest.json: checkpoint format {manifest.get('format')!r}, this version reads {FORMAT}"
+            f"{folder}/manifest.json: checkpoint format {manifest.get('format')!r}, this version reads {told}"
         )
+    if manifest["format"] > 1 and seal(manifest) != manifest:
+        raise UserError(f"{folder}/manifest.json: is not as it was written (damaged on disk?); use another checkpoint")
     files = manifest.get("files")
     if not (isinstance(files, dict) and files and all(isinstance(entry, dict) for entry in files.values())):
         raise UserError(f"{folder}/manifest.json: lists no files, so nothing can be checked; use another checkpoint")
-    for name in (*needs, *files):
-        path = folder / name
-        if name not in files or not path.is_file():
-            raise UserError(f"{path}: is missing; use another checkpoint of the run")
-        try:
-            same = path.stat().st_size == files[name].get("bytes") and file_hash(path) == files[name].get("sha256")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-        if not same:
-            raise UserError(f"{path}: content differs from the manifest (damaged on disk?); use another checkpoint")
+    for name in dict.fromkeys([*needs, *files]):
+        check_file(folder / name, manifest)
     return manifest
 
 
@@ -291,43 +264,14 @@ def resolve(path: Path) -> Path:
             f"{path}: is a file, and a checkpoint of ours is a folder. If it is a published file, convert it first: "
             f"python tools/convert_ckpt.py {path} FOLDER --from FORMAT --to vlm"
         )
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return path
     for root in (path, path / "checkpoints"):
         with contextlib.suppress(OSError):
             named = root / (root / "latest").read_text().strip()
-            if (named / "manifest.json").is_file():
+            if (named / MANIFEST).is_file():
                 return named
         found = newest(root)
         if found is not None:
             return found[0]
     raise UserError(f"{path}: is neither a checkpoint (manifest.json) nor a run folder with checkpoints/latest")
-
-
-def load_weights(folder: Path, model: System) -> dict[str, Any]:
-    """Load a checkpoint's tensors into an unwrapped model, checking names, shapes and the frozen base.
-
-    Returns:
-        the checkpoint's state.json.
-    Raises:
-        UserError: damaged, names or shapes differ from the model, or the frozen weights are not those it was
-            trained with.
-    """
-    manifest = verify(folder, (WEIGHTS,))
-    tensors = load_file(folder / WEIGHTS)
-    trained.put(model, tensors, manifest, str(folder))
-    state = folder / STATE
-    return json.loads(state.read_text()) if state.is_file() else {}
-
-
-def load_optimizer(folder: Path, engine: Any, state: dict[str, Any]) -> None:
-    """Set master weights, moments and step count of a wrapped engine from a verified checkpoint. Collective."""
-    weights = load_file(folder / WEIGHTS)
-    moments = load_file(folder / OPTIMIZER)
-    zero_state.prime(engine)
-    for name in weights.keys() & set(engine.names.values()):
-        values = {"param": weights[name], **{kind: moments[f"{kind}/{name}"] for kind in zero_state.MOMENTS}}
-        zero_state.write(engine, name, values)
-    common, others = state["adam_steps"], state.get("adam_steps_of", {})
-    zero_state.set_step_counts(engine, {name: others.get(name, common) for name in engine.names.values()})
-    barrier()

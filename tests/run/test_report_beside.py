@@ -120,7 +120,7 @@ def test_runs_that_agree_and_runs_that_do_not(make: Callable[..., Path]) -> None
         "7 steps are told by both",
         "5 of 7 batches are the same; the first other one is that of step 7",
         "losses differ by at most 0.09091 of the loss, at step 4",
-        "1 steps have no loss in one of them",
+        "steps without a loss in one of them: 1",
     ]
     apart = RunFiles(make("apart", [step_row(30)])).told()
     assert agreement(first, apart) == ["no step is told by both"]
@@ -138,6 +138,7 @@ def test_the_tool_puts_them_beside_each_other(
     assert '<polyline class="other"' in page
     assert '<polyline class="line"' in page
     assert "<li>losses differ in no digit</li>" in page
+    assert "difference of the losses" in page
     assert f"{run}: went on from step 8" in page
     assert re.search(r"<td>continuations</td><td>1</td><td>0</td>", page)
     assert re.search(r"<td>top1</td><td>0.5</td><td>–</td>", page)

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from vlm.run.charts import Line, Mark, line_chart, number, smooth
 
 
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+
+
 class Told(NamedTuple):
     """What a run folder tells of a run."""
 
@@ -33,18 +36,22 @@ def beside(run: Told, other: Told) -> str:
     legend = "".join(
         f'<span><i class="{style}"></i>{escape(told.name)}</span>' for told, style in ((run, "line"), (other, "other"))
     )
-    chart = line_chart(lines, y_label="loss", marks=marks)
+    both = _in_common(run, other)
+    apart = Line("difference", [row["step"] for row, _ in both], [_difference(*_losses(pair)) for pair in both])
+    charts = {
+        "loss": line_chart(lines, y_label="loss", marks=marks),
+        "difference of the losses, relative to the larger": line_chart(
+            [apart], y_label="difference", marks=marks, from_zero=True
+        ),
+    }
+    drawn = "".join(f"<figure><figcaption>{title}</figcaption>{chart}</figure>" for title, chart in charts.items())
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in agreement(run, other))
-    return (
-        f'<p class="legend">{legend}</p><figure><figcaption>loss</figcaption>{chart}</figure>'
-        f"<ul>{items}</ul>{_facts(run, other)}"
-    )
+    return f'<p class="legend">{legend}</p><div class="charts">{drawn}</div><ul>{items}</ul>{_facts(run, other)}'
 
 
 def agreement(run: Told, other: Told) -> list[str]:
     """How far the two tell the same: of the steps that both have, batches and losses."""
-    theirs = {row["step"]: row for row in other.steps}
-    pairs = [(row, theirs[row["step"]]) for row in run.steps if row["step"] in theirs]
+    pairs = _in_common(run, other)
     if not pairs:
         return ["no step is told by both"]
     said = [f"{number(len(pairs))} steps are told by both"]
@@ -54,15 +61,25 @@ def agreement(run: Told, other: Told) -> list[str]:
     if batches:
         first = f"; the first other one is that of step {number(changed[0])}" if changed else ""
         said.append(f"{number(len(batches) - len(changed))} of {number(len(batches))} batches are the same{first}")
-    differences = [(_difference(row.get("loss"), old.get("loss")), row["step"]) for row, old in pairs]
+    differences = [(_difference(*_losses(pair)), pair[0]["step"]) for pair in pairs]
     finite = [(difference, step) for difference, step in differences if math.isfinite(difference)]
     if finite:
         largest, step = max(finite)
         told = f"by at most {number(largest)} of the loss, at step {number(step)}" if largest else "in no digit"
         said.append(f"losses differ {told}")
     if len(finite) < len(pairs):
-        said.append(f"{number(len(pairs) - len(finite))} steps have no loss in one of them")
+        said.append(f"steps without a loss in one of them: {number(len(pairs) - len(finite))}")
     return said
+
+
+def _in_common(run: Told, other: Told) -> list[Pair]:
+    """Rows of the same step."""
+    theirs = {row["step"]: row for row in other.steps}
+    return [(row, theirs[row["step"]]) for row in run.steps if row["step"] in theirs]
+
+
+def _losses(pair: Pair) -> tuple[Any, Any]:
+    return pair[0].get("loss"), pair[1].get("loss")
 
 
 def _difference(one: Any, two: Any) -> float:

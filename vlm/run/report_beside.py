@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from vlm.run.charts import Line, Mark, line_chart, number, smooth
 
-
 Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 

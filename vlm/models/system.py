@@ -153,11 +153,15 @@ class System(nn.Module):
             self.carried[name] = parameters[name].detach().to("cpu", copy=True)
 
     def keep_wide(self, names: Collection[str]) -> None:
-        """Store these parameters in fp32, among others of fewer bits too."""
-        narrow = {n: p for n, p in self.named_parameters() if n in names and p.dtype != torch.float32}
+        """Store the layers that own these parameters in fp32, among others of fewer bits too."""
+        narrow = {}
+        for owner in {name.rpartition(".")[0] for name in names}:
+            for name, parameter in self.get_submodule(owner).named_parameters(prefix=owner, recurse=False):
+                if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                    narrow[name] = parameter
         for parameter in narrow.values():
             parameter.data = parameter.data.float()
-        for part in {name.split(".")[0] for name in narrow}:
+        for part in {name.partition(".")[0] for name in narrow if "." in name}:
             adapt(self.get_submodule(part))
 
     def frozen_hash(self) -> str:

@@ -51,8 +51,9 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 RESUMED = [{"step": 8, "world_size": 2, "changed": []}, {"step": 8, "world_size": 3}, {"step": 12, "world_size": 3}]
 SKIPPED = [
-    {"step": 5, "reason": "loss", "value": None, "limit": None, "ranks": {"1": {"loss": None, "keys": ["<clip>"]}}},
+    {"step": 5, "reason": "loss", "value": "nan", "limit": None, "ranks": {"1": {"loss": None, "keys": ["<clip>"]}}},
     {"step": 9, "reason": "spike", "value": 40.0, "limit": 12.5, "ranks": {}},
+    {"step": 9, "reason": "rolled_back", "value": None, "limit": None, "ranks": {}, "to": 6, "passed_over": [7, 9]},
 ]
 
 
@@ -64,10 +65,11 @@ def test_why_it_went_on_and_what_was_skipped() -> None:
         "went on from step 8 after SIGUSR1",
         "went on from step 8, on 3 processes instead of 2",
         "went on from step 12",
-        "step 5 skipped: the loss was not finite",
+        "step 5 skipped: the loss was not finite (nan)",
         "step 9 skipped: the gradient's norm was far above those before (40, limit 12.5)",
+        "after step 9 back to what was learnt up to step 6; nothing is kept of steps 7 to 9",
     ]
-    assert [mark.style for mark in marks] == ["stopped"] * 3 + ["skipped"] * 2
+    assert [mark.style for mark in marks] == ["stopped"] * 3 + ["skipped"] * 2 + ["back"]
 
 
 @pytest.mark.parametrize("damaged", [None, 7, "x", ["x", {"step": "3"}, {}], {"step": 1}])
@@ -96,8 +98,9 @@ def test_the_report_of_a_run_that_was_interrupted(make: Callable[..., Path]) -> 
     assert page.count('class="mark skipped"') >= 2
     assert "<h2>Interruptions</h2>" in page
     assert "<li>went on from step 8 after SIGUSR1</li>" in page
-    assert "Steps from which nothing was kept: 2" in page
+    assert "Skipped steps: 2 (1: the loss was not finite; 1: " in page
     assert "1: &lt;clip&gt;" in page
+    assert "<li>after step 9 back to what was learnt up to step 6" in page
     quiet = write_report(make("quiet", rows)).read_text()
     assert "Interruptions" not in quiet
     assert 'class="mark' not in quiet

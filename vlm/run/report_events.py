@@ -1,4 +1,5 @@
-"""What came between the steps of a run: where it stopped and went on, which steps were skipped."""
+"""What came between the steps of a run: where it stopped and went on, which steps were skipped, and
+where it went back (vlm.run.guard)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from typing import Any
 
 from vlm.run.charts import Mark, number
 
+BACK = "rolled_back"  # the reason of a row that is no skipped step
 _SHOWN = 100  # rows of a table
 _REASONS = {
     "loss": "the loss was not finite",
     "gradient": "the gradient was not finite",
     "spike": "the gradient's norm was far above those before",
-    "rolled_back": "learnt before going back to a checkpoint, and passed over since",
 }
 
 
@@ -38,29 +39,43 @@ def events(about: Mapping[str, Any], skipped: Sequence[Mapping[str, Any]]) -> li
         cause = f" after {stopped}" if stopped else ""
         marks.append(Mark(step, f"went on from step {step:g}{cause}{grown}", "stopped"))
         world = now
-    marks += [Mark(_step(row), f"step {_step(row):g} skipped: {reason_of(row)}", "skipped") for row in _rows(skipped)]
+    marks += [
+        Mark(_step(row), went_back(row), "back")
+        if row.get("reason") == BACK
+        else Mark(_step(row), f"step {_step(row):g} skipped: {reason_of(row)}", "skipped")
+        for row in _rows(skipped)
+    ]
     return [mark for mark in marks if math.isfinite(mark.x)]
+
+
+def went_back(row: Mapping[str, Any]) -> str:
+    """Where a run went back to, in words, and which steps were in vain."""
+    passed = row.get("passed_over")
+    vain = (
+        f"; nothing is kept of steps {passed[0]} to {passed[1]}"
+        if isinstance(passed, list) and len(passed) == 2
+        else ""
+    )
+    return f"after step {_step(row):g} back to what was learnt up to step {row.get('to', '?')}{vain}"
 
 
 def reason_of(row: Mapping[str, Any]) -> str:
     """Why a step was skipped, in words, with the value and its limit."""
     reason = str(row.get("reason", "unknown"))
-    told = ", limit ".join(
-        number(value) for name in ("value", "limit") if math.isfinite(value := _number(row.get(name)))
-    )
+    told = ", limit ".join(_figure(row[name]) for name in ("value", "limit") if row.get(name) is not None)
     told = f" ({told})" if told else ""
     return f"{_REASONS.get(reason, reason)}{told}"
 
 
 def interruptions(about: Mapping[str, Any], skipped: Sequence[Mapping[str, Any]]) -> str:
     """A table of both as HTML; "" where nothing happened."""
-    went_on = [mark.what for mark in events(about, ()) if mark.style == "stopped"]
-    parts = [f"<ul>{''.join(f'<li>{escape(what)}</li>' for what in went_on)}</ul>"] if went_on else []
-    rows = _rows(skipped)
+    whole = [mark.what for mark in events(about, skipped) if mark.style != "skipped"]
+    parts = [f"<ul>{''.join(f'<li>{escape(what)}</li>' for what in whole)}</ul>"] if whole else []
+    rows = [row for row in _rows(skipped) if row.get("reason") != BACK]
     if rows:
         counted = Counter(str(row.get("reason", "unknown")) for row in rows)
-        said = ", ".join(f"{count} because {_REASONS.get(reason, reason)}" for reason, count in counted.items())
-        parts.append(f"<p>Steps from which nothing was kept: {len(rows)} ({escape(said)}).</p>")
+        said = "; ".join(f"{count}: {_REASONS.get(reason, reason)}" for reason, count in counted.items())
+        parts.append(f"<p>Skipped steps: {len(rows)} ({escape(said)}).</p>")
         parts.append("<table><tr><th>step</th><th>why</th><th>samples, by rank</th></tr>")
         for row in rows[:_SHOWN]:
             cells = (f"{_step(row):g}", reason_of(row), _keys(row.get("ranks")))
@@ -89,6 +104,10 @@ def _rows(value: Any) -> list[Mapping[str, Any]]:
 
 def _step(row: Mapping[str, Any]) -> float:
     return _number(row.get("step"))
+
+
+def _figure(value: Any) -> str:
+    return number(value) if math.isfinite(_number(value)) else _text(value)
 
 
 def _number(value: Any) -> float:

@@ -228,6 +228,9 @@ class Recipe:
     """Steps between checkpoints; one is always written at the end. 0: only at the end."""
     checkpoint_keep: int = 2
     """Newest checkpoints kept."""
+    checkpoint_seconds: float = 1800.0
+    """Writing one, in the background, may take so long; then the file system counts as stuck and the run ends. Above
+    0."""
     log_every: int = 10
     """Steps between console lines (metrics.jsonl has every step)."""
     audit_steps: int = 3
@@ -248,6 +251,7 @@ class Recipe:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("checkpoint_every", "audit_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 (never) or more")
+        _require(0 < self.checkpoint_seconds < inf, "checkpoint_seconds", self.checkpoint_seconds, "a number above 0")
         _require(0 <= self.hang_seconds < inf, "hang_seconds", self.hang_seconds, "a finite number from 0 (off)")
         if self.steps is not None:
             _require(self.steps >= 1, "steps", self.steps, "1 or more")

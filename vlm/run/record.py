@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "guard",
     "checkpoint_every",
     "checkpoint_keep",
+    "checkpoint_seconds",
     "eval",
     "data.workers",
     "data.quarantine_share",

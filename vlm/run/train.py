@@ -134,7 +134,8 @@ def _train_steps(
     learning_rate = schedule_of(recipe, len(stream), total_steps)
     throughput = Throughput(engine.model, world)
     audit = Audit(engine, recipe.audit_steps, log.say)
-    saver = Saver(recipe.run_dir / "checkpoints", engine, keep=recipe.checkpoint_keep)
+    folder, seconds = recipe.run_dir / "checkpoints", recipe.checkpoint_seconds
+    saver = Saver(folder, engine, keep=recipe.checkpoint_keep, seconds=seconds, say=log.say)
     saved_at = progress.step
     stop.waits, stopping = True, False
 
@@ -164,6 +165,7 @@ def _train_steps(
                 "batch_digest": batch_digest(keys),
                 **throughput.row(micro_batches, elapsed),
                 "quarantined": len(quarantine.known),
+                **saver.figures(),
             }
         )
         went_back = guard.after_step(result, progress.step, saver)

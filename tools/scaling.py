@@ -187,7 +187,7 @@ def assumed(about: Assumptions) -> str:
     rows = []
     for field in dataclasses.fields(about):
         at = next(i for i, line in enumerate(lines) if line.startswith(f"    {field.name}: "))
-        rows.append([f"`{field.name}`", f"{getattr(about, field.name):.3g}", lines[at + 1].strip().strip('"')])
+        rows.append([f"`{field.name}`", f"{getattr(about, field.name):,.4g}", lines[at + 1].strip().strip('"')])
     return table(["name", "value", "what"], rows)
 
 
@@ -219,6 +219,19 @@ back and compared while training goes on. *best interval*: Daly's, but no shorte
 time that is training and not lost again, with {restart} for each restart: by Daly's formula; simulated; at the
 recipe's `checkpoint_every`; if one process wrote everything while all waited, at the best interval for that; and with
 ten times the failures. Bytes are decimal.
+
+## What follows
+
+- **Reading comes first.** Frozen towers and small heads take samples faster than a shared file system gives them, long
+  before checkpoints or failures matter. Where a set fits in the memory of a node, its page cache helps from the second
+  epoch on; else copy shards to disks of the nodes, or read features computed before, if they are smaller (the
+  51 MB of Breakfast's are not).
+- **A small set in few shards** is read by all GPUs from the same files: write more and smaller ones
+  (`tools/make_shards.py --shard-size`). Nothing else needs as many shards as there are readers: the plan is over
+  samples, not over shards.
+- **Adapters save for nothing.** What trains is small and shared out, so a checkpoint every few minutes costs less than
+  what a failure would lose. On many GPUs set `checkpoint_every` to the best interval.
+- **The rest of what is lost is restarts**: at thousands of GPUs they take more than saves and repeated steps together.
 """
 
 

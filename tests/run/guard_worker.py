@@ -1,15 +1,21 @@
-"""Started by test_guard.py in two processes: steps that are refused leave no trace, at every ZeRO stage."""
+"""Started by test_guard.py in two processes: steps that are refused, and steps that are gone back behind, leave no
+trace, at every ZeRO stage."""
 
+import hashlib
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import zero_worker
 
 from vlm.data.loader import MicroBatch, plan_step
-from vlm.distributed import end, gather_objects, join
+from vlm.distributed import barrier, end, gather_objects, join, share_object
 from vlm.run import zero_state
+from vlm.run.checkpoint import Progress, Saver
 from vlm.run.engine import Engine, derive
+from vlm.run.rewind import rewind
 
 STEPS = 5
 BAD_STEP = 2
@@ -20,7 +26,7 @@ def make_engine(world, stage, precision, offload=False):
     settings = zero_worker.recipe()
     hardware = {"train_micro_batch_size_per_gpu": zero_worker.MICRO_BATCH}
     if stage:
-        hardware["zero_optimization"] = {"stage": stage}
+        hardware["zero_optimization"] = {"stage": stage, "reduce_bucket_size": 1_000_000}  # no gigabytes to fill
     if offload:
         hardware["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision == "bf16":
@@ -33,7 +39,7 @@ def make_engine(world, stage, precision, offload=False):
 
 
 def note_mean(model, inputs):
-    model.mean.add_(inputs[0].video.mean().to(model.mean))
+    model.mean.add_(1 + 0 * inputs[0].video.mean().to(model.mean))
 
 
 def micro_batches(engine, step, spoil=False):
@@ -49,16 +55,19 @@ def micro_batches(engine, step, spoil=False):
 def state(engine):
     """Everything that a step changes, on this rank: to the bit."""
     found = {
-        f"{part.name}/{part.start}/{kind}": values.cpu().clone().flatten().view(torch.int32).tolist()
+        f"{part.name}/{part.start}/{kind}": bits(values)
         for part in zero_state.fragments(engine, all_held=True)
         for kind, values in part.values.items()
     }
     for name, p in engine.model.named_parameters():
-        held = getattr(p, "ds_tensor", p).detach().cpu().contiguous()
-        found[f"weights of {name}"] = held.view(torch.uint8).flatten().tolist()
+        found[f"weights of {name}"] = bits(getattr(p, "ds_tensor", p))
     found["mean"] = float(engine.model.mean)
     found["adam"] = zero_state.step_counts(engine)
     return found
+
+
+def bits(values):
+    return hashlib.sha256(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
 
 
 def run(world, stage, precision, kind, offload=False):
@@ -72,12 +81,32 @@ def run(world, stage, precision, kind, offload=False):
     return said, state(engine)
 
 
+def run_and_go_back(world, stage, precision, root, offload=False):
+    """As `run` without bad steps, but some steps are made, gone back behind, and made again."""
+    engine = make_engine(world, stage, precision, offload)
+    for step in range(BAD_STEP):
+        engine.step(micro_batches(engine, step), lr=LR, limit=1e6)
+    saver = Saver(root, engine, keep=1)
+    saver.save(Progress(step=BAD_STEP), {})
+    for step in (7, 8):
+        engine.step(micro_batches(engine, step), lr=LR, limit=1e6)
+    saver.wait()
+    rewind(root / f"step-{BAD_STEP:08d}", engine)
+    for step in range(BAD_STEP, STEPS):
+        engine.step(micro_batches(engine, step), lr=LR, limit=1e6)
+    return state(engine)
+
+
+def is_last(world):
+    return world.rank == world.size - 1
+
+
 def bad_step(engine, kind):
     hook = None
-    if kind == "gradient" and engine.world.rank == 1:  # the loss is finite
+    if kind == "gradient" and is_last(engine.world):  # the loss is finite
         weight = dict(engine.model.named_parameters())["blocks.0.attn.qkv.weight"]
         hook = weight.register_hook(lambda gradient: gradient * float("inf"))
-    spoil = kind == "loss" and engine.world.rank == 1
+    spoil = kind == "loss" and is_last(engine.world)
     result = engine.step(micro_batches(engine, 9, spoil), lr=LR, limit=1e-9 if kind == "spike" else 1e6)
     if hook is not None:
         hook.remove()
@@ -94,6 +123,12 @@ def main(stages, precisions, offload):
                 differs = [name for name in want if want[name] != have[name]]
                 told = gather_objects((said, differs))
                 results[f"{precision}/{stage}/{kind}"] = told
+            with tempfile.TemporaryDirectory() as folder:
+                root = Path(share_object(folder)) / f"{precision}{stage}"
+                have = run_and_go_back(world, stage, precision, root, offload)
+                barrier()
+            differs = [name for name in want if want[name] != have[name]]
+            results[f"{precision}/{stage}/back"] = gather_objects((None, differs))
     if world.is_main:
         print("RESULT " + json.dumps(results), flush=True)
     end()

@@ -1,0 +1,124 @@
+"""Training on several nodes of a real Slurm: by the files of slurm/, preempted, out of time, cancelled, and with a node
+that dies. What comes out is the curve of the run that nothing happened to."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from training import STEPS, Run, column
+
+from tests.slurm_cluster import Cluster, until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, shape_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two nodes, ZeRO-2, undisturbed."""
+    run = Run(cluster, shape_shards, tmp_path_factory.mktemp("whole") / "run")
+    cluster.wait(run.submit("--nodes=2"))
+    return run
+
+
+@pytest.fixture
+def run(cluster: Cluster, shape_shards: Path, tmp_path: Path) -> Iterator[Run]:
+    """Another; its jobs end with the test."""
+    run = Run(cluster, shape_shards, tmp_path / "run")
+    yield run
+    for job in run.jobs:
+        cluster.call("scancel", job, check=False)
+        until(lambda job=job: not cluster.call("squeue", "--noheader", "--job", job, check=False), 30)  # type: ignore[misc]
+
+
+def same_course(run: Run, whole: Run, steps: int = STEPS, precision: float = 1e-6) -> None:
+    """Every step once, of the same samples; losses as close as sums in another order allow."""
+    found, want = run.rows()[:steps], whole.rows()[:steps]
+    assert column(found, "step") == list(range(1, steps + 1))
+    assert column(found, "batch_digest") == column(want, "batch_digest")
+    assert column(found, "loss") == pytest.approx(column(want, "loss"), rel=precision)
+
+
+def high(cluster: Cluster, nodes: int) -> str:
+    """A job that takes nodes from others."""
+    options = ("--parsable", "--partition=high", f"--nodes={nodes}", f"--output={cluster.folder}/%j.job")
+    return cluster.call("sbatch", *options, "--wrap=sleep 600")
+
+
+def test_two_nodes(whole: Run) -> None:
+    assert "world size 2 (started by slurm)" in whole.said()
+    assert column(whole.rows(), "step") == list(range(1, STEPS + 1))
+    assert whole.cluster.job(whole.jobs[0])["Restarts"] == "0"
+
+
+def test_two_nodes_zero3(whole: Run, run: Run) -> None:
+    run.stage, run.settings = 3, ("steps=12",)
+    run.cluster.wait(run.submit("--nodes=2"))
+    assert "ZeRO stage 3" in run.said()
+    same_course(run, whole, 12)
+
+
+def test_preempted_and_on_more_and_fewer_nodes(whole: Run, run: Run) -> None:
+    """Whoever asks for --nodes=1-3 goes on with what there is: one node, then two, then one."""
+    cluster = run.cluster
+    first = high(cluster, 2)
+    cluster.wait(first, "RUNNING")
+    job = run.submit("--nodes=1-3")
+    run.reach(10)
+    second = high(cluster, 1)
+    run.restarted(1)
+    cluster.call("scancel", first)
+    run.reach(len(run.rows()) + 10)
+    third = high(cluster, 2)
+    run.restarted(2)
+    cluster.call("scancel", second)
+    cluster.wait(job)
+    cluster.call("scancel", third)
+    assert [row["world_size"] for row in run.resumed()] == [2, 1]
+    assert run.said().count("stopped: SIG") == 2
+    assert run.said().count("slurm: stopped by a signal, and saved: job") == 2
+    same_course(run, whole)
+
+
+def test_out_of_time_then_cancelled(whole: Run, run: Run) -> None:
+    """The time limit comes: saved, queued again, gone on. Cancelled: not queued again, nothing left, the next start
+    goes on."""
+    cluster, run.settings = run.cluster, ("steps=100000",)
+    job = run.submit("--nodes=2", "--time=1", "--signal=B:USR1@25")
+    run.restarted(1, seconds=100)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    saved = len(run.rows())
+    assert "slurm: told to stop" in run.said()
+    assert f"stopped: SIGUSR1 came; saved at step {saved}" in run.said()
+    run.reach(saved + 5)
+    cluster.call("scancel", job)
+    cluster.wait(job, "CANCELLED")
+    until(lambda: not cluster.processes(SLURM_JOB_ID=job), 20)
+    time.sleep(2)
+    assert cluster.job(job)["JobState"] == "CANCELLED", "and stays so"
+    before = len(run.rows())
+    run.submit("--nodes=2")
+    run.reach(before + 5)
+    first, second = (row["step"] for row in run.resumed())
+    assert first == saved
+    assert second >= saved
+    same_course(run, whole, min(STEPS, before))
+
+
+def test_a_node_dies(whole: Run, run: Run) -> None:
+    """Its slurmd and all processes on it, killed: the job is queued again, and finishes on the nodes that are left."""
+    cluster = run.cluster
+    job = run.submit("--nodes=2")
+    run.reach(60)
+    lost = "node2"
+    assert lost in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).splitlines()
+    cluster.kill_node(lost)
+    try:
+        run.restarted(1)
+        about = cluster.wait(job)
+        assert lost not in cluster.call("scontrol", "show", "hostnames", about["NodeList"]).splitlines()
+    finally:
+        cluster.start_node(lost)
+    until(lambda: cluster.node_state(lost) == "IDLE", 60, cluster.logs)
+    assert run.resumed()[0]["step"] >= 50, "no more is lost than was made since the last checkpoint"
+    same_course(run, whole)

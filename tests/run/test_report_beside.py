@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import end, run, start, train_arguments
 
 from tools import report as report_tool
 from vlm.run.charts import Line, Mark, line_chart
@@ -157,3 +159,34 @@ def test_nothing_to_stand_beside_is_said(make: Callable[..., Path]) -> None:
     assert (
         "empty: no run to stand beside this one (metrics.jsonl holds no step)" in write_report(run, empty).read_text()
     )
+
+
+@pytest.mark.slow
+def test_a_run_that_was_told_to_stop_beside_one_that_was_not(shape_shards: Path, tmp_path: Path) -> None:
+    """Status 85, a note of it, and in the end the same losses to the last digit."""
+    settings = ["steps=200", "checkpoint_every=0", "eval.at_end=false", "seed=5"]
+    run(train_arguments(shape_shards, tmp_path / "whole", *settings))
+    stopped = train_arguments(shape_shards, tmp_path / "stopped", *settings)
+    process, limit = start(stopped), time.monotonic() + 120
+    try:
+        told = tmp_path / "stopped" / "metrics.jsonl"
+        while not (told.exists() and told.read_text().count("\n") >= 5):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        process.terminate()
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            end(process)
+    assert process.returncode == 85, printed
+    record = json.loads((tmp_path / "stopped" / "recipe.json").read_text())
+    ((step, why),) = [(stop["step"], stop["why"]) for stop in record["stopped"]]
+    assert why == "SIGTERM"
+    assert 5 <= step < 200
+    run(stopped)
+    assert report_tool.main([str(tmp_path / "stopped"), "--beside", str(tmp_path / "whole")]) == 0
+    page = (tmp_path / "stopped" / "report.html").read_text()
+    assert f"<li>went on from step {step} after SIGTERM</li>" in page
+    assert "<li>200 of 200 batches are the same</li>" in page
+    assert "<li>losses differ in no digit</li>" in page

@@ -37,7 +37,7 @@ from and to a disk, are signs of life too."""
 _BUSY = 0.05  # share of a processor from which a process counts as busy
 _LAST_RESORT = 5.0, 15.0  # seconds from the limit to a locked process's stacks, and from these to its end
 _SILENCE = 5.0  # seconds without a beat from which a rank counts as silent, once the run hangs
-_MOST_TO_END = 30.0  # seconds from the alarm to the end, whatever happens
+_MOST_TO_END = 28.0  # seconds from the alarm to the end, whatever happens
 _WRITING = 5.0  # seconds that a report may take to write: it may be the file system that hangs
 
 
@@ -84,6 +84,7 @@ class Watchdog:
     def __init__(self, folder: Path, seconds: float, world: World) -> None:
         self._folder, self._limit, self._world = folder / "hang", seconds, world
         self._tick = min(2.0, max(0.1, seconds / 20))
+        self._silence = min(_SILENCE, seconds)
         self._phase, self._module, self._step, self._keys = "start", "", 0, tuple[str, ...]()
         self._phase_since = time.monotonic()
         self._signs = 0  # of life since the step began
@@ -213,7 +214,11 @@ class Watchdog:
             other.raise_alarm(own, [])
             return own
         if other.is_lost():
-            return f"{own}, and rank 0 answers no more" if self._is_late() else ""
+            if not self._is_late():
+                return ""
+            why = f"{own}, and rank 0 answers no more"
+            other.raise_alarm(why, [other.keeper()])
+            return why
         if not other.whole():
             return ""
         sights = self._sharp(list(other.sights().values()))
@@ -222,7 +227,7 @@ class Watchdog:
         late = [sight for sight in sights if sight.age >= self._limit]
         worst = max(late, key=lambda sight: (not sight.beat.waits, sight.age))
         why = f"rank {worst.beat.rank} has given no sign of life for {worst.age:.1f} s"
-        other.raise_alarm(why, [sight.beat.rank for sight in late if sight.quiet >= _SILENCE])
+        other.raise_alarm(why, [sight for sight in late if sight.quiet >= self._silence])
         return why
 
     def _sharp(self, sights: list[Sight]) -> list[Sight]:
@@ -235,24 +240,28 @@ class Watchdog:
 
     def _end(self, why: str) -> None:
         """Tell, and end this process."""
-        self._last_resort.put_off(_MOST_TO_END)
+        self._last_resort.end_in(_MOST_TO_END)
         skip = [threading.get_ident(), None if self._post is None else self._post.ident]
         loading: list[str] = []
         with contextlib.suppress(RuntimeError, ValueError, KeyError, OSError):
             loading = [f"{about} ({seconds:.1f} s)" for _, about, seconds in (self._at_work or tuple)()]
         place = f"process {os.getpid()} of {os.uname().nodename}"
         told = Told(self._beat(), place, list(self._keys), loading, report.stacks(skip))
-        gathered, missing, sights = {told.beat.rank: told}, dict[int, str](), {told.beat.rank: Sight(told.beat, 0.0)}
+        gathered, silent, sights = {told.beat.rank: told}, dict[int, str](), {told.beat.rank: Sight(told.beat, 0.0)}
         if self._post is not None:
             self._post.tell(told)
-            if not self._post.ready.wait(2 * post.GRACE + 2):
+            lost = self._post.is_lost()
+            if lost:
+                self._post.look_after_keeper()
+            if not self._post.ready.wait(post.GRACE / 2 if lost else 2 * post.GRACE + 2):
                 self._post.go_alone()
             elif self._post.gathered is None:  # another rank reports
                 os._exit(HUNG)
-            gathered, missing = self._post.gathered or gathered, self._post.missing
-            sights = {rank: one for rank, one in self._post.sights().items() if rank in gathered or rank in missing}
+            gathered, silent = self._post.gathered or gathered, self._post.silent
+            sights = {rank: one for rank, one in self._post.sights().items() if rank in silent}
             sights |= {rank: Sight(one.beat, 0.0) for rank, one in gathered.items()}
-        text = report.compose(gathered, sights, missing, self._limit, _SILENCE, why)
+            sights |= self._post.alarm.sights if self._post.alarm else {}
+        text = report.compose(gathered, sights, silent, self._limit, self._silence, why)
         self._write(text)
         if self._post is not None:
             self._post.done()
@@ -261,7 +270,7 @@ class Watchdog:
     def _write(self, text: str) -> None:
         """The report to stderr and to a file, neither of which may hold up the end."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-step-{self._step}-rank-{self._world.rank}.txt"
-        end = f"ends with status {HUNG}; the same command goes on from the last checkpoint. This report: "
+        end = f"this run ends with status {HUNG}; the same command goes on from the last checkpoint. This report: "
         told = text + end + str(self._folder / name) + "\n"
 
         def to_file() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import TCPStore
+from torch.distributed import DistNetworkError, TCPStore
 
 from vlm.distributed import World, barrier, from_main
 from vlm.run import watchdog_report as report
@@ -49,10 +49,14 @@ def open_store(world: World, seconds: float) -> TCPStore:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Why a rank says that the run hangs, and the places of those that are silent."""
+    """Why a rank says that the run hangs, and what it knows of those that are silent."""
 
     why: str
-    silent: list[list[Any]]
+    silent: list[tuple[list[Any], list[Any], float]]  # where it is (`Post._mine`), its last beat, how long ago that was
+
+    @property
+    def sights(self) -> dict[int, Sight]:
+        return {beat[0]: Sight(Beat(*beat), quiet) for _, beat, quiet in self.silent}
 
 
 class Post(threading.Thread):
@@ -81,8 +85,10 @@ class Post(threading.Thread):
         self._closed = threading.Event()
         self._first: dict[int, tuple[Beat, float]] = {}  # a rank's last beat, and when it was first seen
         self._mine = [world.rank, world.local_rank, timer.here(), os.getpid(), descriptor, os.uname().nodename]
-        self._raise: tuple[str, list[int]] | None = None
+        self._raise: tuple[str, list[Sight]] | None = None
         self._told: Told | None = None
+        self._clock, self._looked = 0.0, time.monotonic()  # seconds for which this process ran and the store answered
+        self._alone = False
         self.heard = time.monotonic()
         """When the store answered last."""
         self.alarm: Alarm | None = None
@@ -91,17 +97,18 @@ class Post(threading.Thread):
         """Set when ranks have told what they know (this one is to report then: `gathered`), or another has reported."""
         self.gathered: dict[int, Told] | None = None
         """What ranks told, where this one is to report."""
-        self.missing: dict[int, str] = {}
-        """Of ranks that told nothing: where they are, and state and stacks where they can be had."""
+        self.silent: dict[int, str] = {}
+        """Of ranks that were silent: where they are, and state and stacks where they can be had."""
         store.set(f"hello/{world.rank}", json.dumps(self._mine))
         store.set(f"beat/{world.rank}", json.dumps(report.beat_to_plain(beat())))
         barrier()
+        self._keeper: list[Any] = []
         self._keeper = self._hello(0)
 
     def sights(self) -> dict[int, Sight]:
         """Every rank as this one saw it when the store answered last, where it looks at the others; else itself."""
-        own, heard = self._beat(), self.heard
-        seen = {rank: Sight(beat, max(0.0, heard - first)) for rank, (beat, first) in list(self._first.items())}
+        own, clock = self._beat(), self._clock
+        seen = {rank: Sight(beat, clock - first) for rank, (beat, first) in list(self._first.items())}
         return seen | {own.rank: Sight(own, 0.0)}
 
     def whole(self) -> bool:
@@ -112,25 +119,34 @@ class Post(threading.Thread):
         """Whether the store, and so rank 0, does not answer any more."""
         return time.monotonic() - self.heard > max(10.0, 5 * self._tick)
 
-    def raise_alarm(self, why: str, silent: list[int]) -> None:
+    def raise_alarm(self, why: str, silent: list[Sight]) -> None:
         """Tell all ranks that the run hangs."""
         self._raise = why, silent
+
+    def keeper(self) -> Sight:
+        """Rank 0, which keeps the store, when that does not answer."""
+        beat = self._first[0][0] if 0 in self._first else Beat(0, 0, 0.0, False, "not known")
+        return Sight(beat, time.monotonic() - self.heard)
 
     def tell(self, told: Told) -> None:
         """Say what this rank knows; `ready` is set when all have, or have had the time to."""
         self._told = told
 
+    def look_after_keeper(self) -> None:
+        """The store does not answer: look at rank 0, which keeps it. If it was only stopped, it answers again."""
+        self.silent[0] = self._describe(self._keeper)
+
     def go_alone(self) -> None:
-        """The store is lost: what is known is that rank 0, which keeps it, does not answer."""
-        self.gathered = None
-        if not self._world.is_main:
-            self.missing = {0: self._describe(self._keeper)}
-            beat = self._first[0][0] if 0 in self._first else Beat(0, 0, 0.0, False, "not known")
-            self._first[0] = (beat, self._first.get(0, (beat, self.heard))[1])
-            self.heard = time.monotonic()
+        """Make do with what this rank knows, since the store is lost: that rank 0 does not answer."""
+        self._alone = True
+        if self.alarm is None and self._raise is not None:
+            why, silent = self._raise
+            self.alarm = Alarm(why, [([], report.beat_to_plain(one.beat), one.quiet) for one in silent])
 
     def done(self) -> None:
         """This rank has reported."""
+        if self._alone:
+            return
         with contextlib.suppress(Exception):  # whatever a lost store raises, there is nobody to tell
             self._store.set(_DONE, "1")
         if self._world.is_main:
@@ -144,17 +160,24 @@ class Post(threading.Thread):
     def run(self) -> None:
         while not self._closed.wait(self._tick if self._told is None else 0.05):
             # A store that fails is seen by how long it has not answered; what it raises depends on how it failed.
-            with contextlib.suppress(Exception):
+            try:
                 self._round()
                 if self._told is not None:
                     return self._gather(self._told)
+            except DistNetworkError:  # the connection is gone, and with it the process that keeps the store
+                return
+            except Exception:
+                continue
 
     def _round(self) -> None:
-        store = self._store
+        store, now = self._store, time.monotonic()
+        self._clock += min(now - self._looked, 3 * self._tick)
+        self._looked = now
         store.set(f"beat/{self._world.rank}", json.dumps(report.beat_to_plain(self._beat())))
         if self._raise is not None and self.alarm is None:
             why, silent = self._raise
-            store.compare_set(_ALARM, "", json.dumps([why, [self._hello(rank) for rank in silent]]))
+            told = [(self._hello(one.beat.rank), report.beat_to_plain(one.beat), one.quiet) for one in silent]
+            store.compare_set(_ALARM, "", json.dumps([why, told]))
         if self.alarm is None and store.check([_ALARM]):
             self.alarm = Alarm(*json.loads(store.get(_ALARM)))
         if self._world.rank < OBSERVERS or self._late():
@@ -162,14 +185,13 @@ class Post(threading.Thread):
         self.heard = time.monotonic()
 
     def _look(self) -> None:
-        now = time.monotonic()
         texts = self._store.multi_get([f"beat/{rank}" for rank in range(self._world.size)])
         for text in texts:
             beat = Beat(*json.loads(text))
             before = self._first.get(beat.rank)
             if before is None or before[0].number != beat.number:
-                self._first[beat.rank] = (beat, now)
-        self.heard = now
+                self._first[beat.rank] = (beat, self._clock)
+        self.heard = time.monotonic()
 
     def _gather(self, told: Told) -> None:
         """Everything that ranks tell, on the first that comes here; the others wait for its report."""
@@ -192,20 +214,23 @@ class Post(threading.Thread):
         texts = store.multi_get([f"told/{one}" for one in there])
         self.gathered = {one: report.from_plain(json.loads(text)) for one, text in zip(there, texts)}
         known = {int(one): text for tells in self.gathered.values() for one, text in tells.neighbours.items()}
-        self.missing = {one: known.get(one) or self._describe(self._hello(one)) for one in waited}
+        suspects = waited | set(self.alarm.sights if self.alarm else ())
+        self.silent = {one: known.get(one) or self._describe(self._hello(one)) for one in suspects}
         self.ready.set()
 
     def _ask_neighbours(self) -> dict[str, str]:
         """State and stacks of silent ranks of this host, from the first of its ranks that is not silent."""
         here = self._mine[2]
-        silent = [one for one in (self.alarm.silent if self.alarm else []) if one[2] == here]
-        places = {one[1] for one in silent}
+        silent = [hello for hello, _, _ in (self.alarm.silent if self.alarm else []) if hello and hello[2] == here]
+        places = {hello[1] for hello in silent}
         first = min(set(range(self._world.local_rank + 1)) - places, default=-1)
         if self._world.local_rank != first:
             return {}
-        return {str(one[0]): self._describe(one) for one in silent}
+        return {str(hello[0]): self.silent.get(hello[0]) or self._describe(hello) for hello in silent}
 
     def _hello(self, rank: int) -> list[Any]:
+        if rank == 0 and self._keeper:
+            return self._keeper
         try:
             return json.loads(self._store.get(f"hello/{rank}"))
         except Exception:  # the store is gone: nothing is known
@@ -220,5 +245,6 @@ class Post(threading.Thread):
         if here != self._mine[2]:
             return f"{place}, which no rank that answers shares; its stacks are on its own stderr if it still runs"
         state = timer.state_of(pid)
+        timer.go_on(pid)
         found = timer.ask(pid, descriptor)
         return f"{place}, {state}" + (f"; its stacks:\n{found.rstrip()}" if found else "; it shows no stacks")

@@ -134,30 +134,30 @@ def stacks(leave_out: Sequence[int | None] = ()) -> str:
 
 
 def compose(
-    told: dict[int, Told], sights: dict[int, Sight], missing: dict[int, str], limit: float, silence: float, why: str
+    told: dict[int, Told], sights: dict[int, Sight], silent: dict[int, str], limit: float, silence: float, why: str
 ) -> str:
     """The report of a run that hangs.
 
     Args:
         told: what ranks told of themselves.
-        sights: what is known of each rank, also of those that told nothing.
-        missing: rank that told nothing -> its host, process, state and stacks, as far as others know them.
+        sights: what is known of each rank, also of those that tell nothing; of silent ones, when the alarm was raised.
+        silent: rank that was silent -> its host, process, state and stacks, as far as others know them.
         limit: seconds without a sign of life that were allowed.
         silence: see `to_blame`.
         why: what raised the alarm.
     """
     blamed = to_blame([sights[rank] for rank in sorted(sights)], limit, silence)
-    lines = [f"the run hangs: {why} (hang_seconds={limit:g})", _accuse(blamed, told, sights)]
+    lines = [f"the run hangs: {why} (hang_seconds={limit:g})", _accuse(blamed, sights)]
     for rank in sorted(sights):
         mark = "  <- to blame" if rank in blamed[:SHOWN] else ""
-        if rank < SHOWN or rank in blamed or rank in missing:
-            lines.append(f"  {_line(sights[rank], rank in told)}{mark}")
+        if rank < SHOWN or rank in blamed[:SHOWN]:
+            lines.append(f"  {_line(sights[rank])}{mark}")
     if len(sights) > SHOWN:
         lines.append(f"  ({len(sights)} ranks in all)")
     for rank, one in sorted(told.items())[:SHOWN]:
         lines += [f"rank {rank} has in hand: {_some(one.keys)}"] if one.keys else []
         lines += [f"rank {rank} loads: {_some(one.loading)}"] if one.loading else []
-    lines += [f"rank {rank} told nothing: {text}" for rank, text in sorted(missing.items())[:SHOWN]]
+    lines += [f"rank {rank} was silent: {text}" for rank, text in sorted(silent.items())[:SHOWN]]
     alike: dict[str, list[int]] = {}
     for rank, one in sorted(told.items()):
         alike.setdefault(one.stacks, []).append(rank)
@@ -167,24 +167,25 @@ def compose(
     return "\n".join(lines) + "\n"
 
 
-def _accuse(blamed: list[int], told: dict[int, Told], sights: dict[int, Sight]) -> str:
+def _accuse(blamed: list[int], sights: dict[int, Sight]) -> str:
     if not blamed:
         return "no rank is behind the others: all wait, or all stand at the same place"
     names = ", ".join(map(str, blamed[:SHOWN])) + (" …" if len(blamed) > SHOWN else "")
     if len(sights) == 1:
         return "there is one process only"
-    beat = sights[blamed[0]].beat
+    sight = sights[blamed[0]]
+    beat = sight.beat
     where = f"phase {beat.phase}" + (f", module {beat.module}" if beat.module else "")
-    silent = "" if blamed[0] in told else ", and answers no more"
+    silent = ", and answers no more" if sight.quiet else ""
     return f"to blame: rank {names}, for which the others wait (rank {blamed[0]}: {where}, step {beat.step}{silent})"
 
 
-def _line(sight: Sight, answers: bool) -> str:
+def _line(sight: Sight) -> str:
     beat = sight.beat
     where = f"phase {beat.phase} for {beat.phase_seconds + sight.quiet:.1f} s"
     where += f", module {beat.module}" if beat.module else ""
     waits = ", waits for other ranks" if beat.waits else ""
-    silent = "" if answers else f", silent for {sight.quiet:.1f} s"
+    silent = f", silent for {sight.quiet:.1f} s" if sight.quiet else ""
     return f"rank {beat.rank}: step {beat.step}, {where}, no sign of life for {sight.age:.1f} s{waits}{silent}"
 
 

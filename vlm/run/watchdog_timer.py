@@ -62,6 +62,11 @@ class LastResort:
         faulthandler.dump_traceback_later(seconds, file=2)
         self._set(seconds + self._grace)
 
+    def end_in(self, seconds: float) -> None:
+        """The end after so many seconds, whatever happens; it cannot be told any more than it is being told now."""
+        faulthandler.cancel_dump_traceback_later()
+        self._set(seconds)
+
     def close(self) -> None:
         """Call all off."""
         faulthandler.cancel_dump_traceback_later()
@@ -116,6 +121,16 @@ def ask(pid: int, descriptor: int, seconds: float = 2.0) -> str:
         return ""
 
 
+def go_on(pid: int) -> bool:
+    """Let a process of this host that was stopped by a signal go on, so that it tells where it is and ends as the
+    others do. Whether it was stopped."""
+    if _letter(pid) != "T":
+        return False
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGCONT)
+    return True
+
+
 _STATES = {
     "R": "running",
     "S": "sleeping",
@@ -127,13 +142,19 @@ _STATES = {
 }
 
 
+def _letter(pid: int) -> str:
+    """The kernel's letter for what a process does; "" where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
 def state_of(pid: int) -> str:
     """What the kernel says that a process of this host does."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
+    letter = _letter(pid)
+    if not letter:
         return "there is no such process any more"
-    letter = text.rpartition(")")[2].split()[0]
     state = _STATES.get(letter, f"state {letter}")
     with contextlib.suppress(OSError):
         place = Path(f"/proc/{pid}/wchan").read_text().strip("0")

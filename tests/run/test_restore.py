@@ -199,7 +199,7 @@ def test_two_processes_at_every_stage(tmp_path: Path) -> None:
         held = values(tmp_path / way / "step-00000004")
         assert held.keys() == last.keys()
         for name, value in held.items():
-            torch.testing.assert_close(value, last[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(value, last[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from vlm.run.stop import Stop
 from vlm.run.stored import check_recipe
 from vlm.run.streams import open_stream
 from vlm.run.throughput import Throughput
+from vlm.run.watchdog import Watchdog
 from vlm.types import UserError
 
 
@@ -51,23 +52,28 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
     stream = open_stream(recipe)
     config = derive(hardware, recipe, world.size)
     launch = Launch(recipe, name, overrides, config, world, choose_attention(world.device, precision(config)))
-    with Stop() as stop, record.sole_run(recipe, world):
-        _train(launch, stream, stop)
+    watchdog = Watchdog(recipe.run_dir, recipe.hang_seconds, world)
+    with Stop() as stop, watchdog, record.sole_run(recipe, world):
+        _train(launch, stream, stop, watchdog)
 
 
-def _train(launch: Launch, stream: Stream, stop: Stop) -> None:
+def _train(launch: Launch, stream: Stream, stop: Stop, watchdog: Watchdog) -> None:
     """`train` in a run folder that no other process writes."""
     recipe, world, folder = launch.recipe, launch.world, launch.folder
     total_steps = steps_of(recipe, len(stream))
+    watchdog.phase("restore")  # looking for the newest intact checkpoint reads all of it
     found, about = record.open_training(launch, stream.fingerprint)
+    watchdog.phase("build")
     torch.manual_seed(recipe.seed)
     model = recipe.model.build()
     check_recipe(recipe, model)
+    watchdog.phase("restore")
     state = restore.load_weights(found, model, verified=True) if found else {}
     chosen = restore.choose(model, recipe, found, state)
     record.write(launch, about)
     introduction = _introduce(launch, stream, total_steps, model)
-    engine = Engine(model, recipe, launch.deepspeed, world, adam_steps=chosen.adam_steps)
+    engine = Engine(model, recipe, launch.deepspeed, world, heart=watchdog, adam_steps=chosen.adam_steps)
+    watchdog.watch(model)
     if found:
         restore.load_optimizer(found, engine, state)
     progress = _progress(state)
@@ -85,7 +91,7 @@ def _train(launch: Launch, stream: Stream, stop: Stop) -> None:
     if found:
         log.say(f"resuming from {found} (step {progress.step})")
     elif recipe.eval is not None and recipe.eval.at_start:
-        evaluate.run(recipe, engine, world, folder / "before_training", say=log.say)
+        evaluate.run(recipe, engine, world, folder / "before_training", log.say, watchdog)
 
     guard = Guard(recipe, engine, state.get("guard"), progress.step, log.say)
     try:
@@ -96,7 +102,8 @@ def _train(launch: Launch, stream: Stream, stop: Stop) -> None:
 
     log.close()
     if recipe.eval is not None and recipe.eval.at_end:
-        evaluate.run(recipe, engine, world, folder, say=log.say)
+        evaluate.run(recipe, engine, world, folder, log.say, watchdog)
+    watchdog.phase("report")
     report = from_main(world, lambda: write_report(folder))
     log.say(f"report: {report}")
     barrier()
@@ -113,23 +120,8 @@ def _train_steps(
     guard: Guard,
 ) -> None:
     """The training loop: one pass is one optimizer step."""
-    world = engine.world
-    loader = TrainLoader(
-        stream,
-        recipe.inputs,
-        views=list(recipe.views),
-        global_batch_size=recipe.global_batch_size,
-        world_size=world.size,
-        rank=world.rank,
-        micro_batch_size=engine.config["train_micro_batch_size_per_gpu"],
-        start_step=progress.step,
-        stop_step=total_steps,
-        workers=recipe.data.workers,
-        substitutes=recipe.data.substitutes,
-        gone=recipe.data.gone,
-        sample_seconds=recipe.data.sample_seconds,
-        worker_memory=recipe.data.worker_memory,
-    )
+    world, heart = engine.world, engine.heart
+    loader = _open_loader(recipe, engine, stream, progress.step, total_steps)
     quarantine = Quarantine(recipe, stream, progress.quarantined, world)
     learning_rate = schedule_of(recipe, len(stream), total_steps)
     throughput = Throughput(engine.model, world)
@@ -141,8 +133,11 @@ def _train_steps(
 
     for step in range(progress.step, total_steps):
         started = time.monotonic()
+        heart.loading(loader.at_work)
+        heart.phase("load", step=step + 1)
         micro_batches, problem = _next(loader)
         data_wait = time.monotonic() - started
+        heart.phase("collective", keys=[key for item in micro_batches for key in item.batch.keys])
         stopping, incidents = _agree(problem or saver.problem(), stop, micro_batches, world)
         if stopping:
             break
@@ -152,6 +147,7 @@ def _train_steps(
         result = engine.step(micro_batches, lr=learning_rate(step), limit=guard.limit)
         progress.step = step + 1
         elapsed = time.monotonic() - started
+        heart.phase("log")
         keys = loader.keys_of_step(step) if world.is_main else []
         log.step(
             {
@@ -168,6 +164,7 @@ def _train_steps(
                 **saver.figures(),
             }
         )
+        heart.phase("check")
         went_back = guard.after_step(result, progress.step, saver)
         if result.skipped:
             audit.disregard(moments=went_back)
@@ -175,12 +172,14 @@ def _train_steps(
             audit.after_step(step, learning_rate(step), micro_batches, result.counts)
         is_best = False
         if recipe.eval is not None and recipe.eval.every and progress.step % recipe.eval.every == 0:
-            is_best = evaluate.is_best(recipe, engine, world, progress, log.say)
+            is_best = evaluate.is_best(recipe, engine, world, progress, log.say, heart)
         due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
         if due or is_best or went_back or progress.step == total_steps:
+            heart.phase("save")
             progress.quarantined = quarantine.known
             saver.save(progress, _about(recipe, world, engine, guard), is_best=is_best)
             saved_at = progress.step
+    heart.phase("save")
     if stopping and saved_at != progress.step:
         progress.quarantined = quarantine.known
         saver.save(progress, _about(recipe, world, engine, guard))
@@ -189,6 +188,26 @@ def _train_steps(
     if stopping:
         raise Preempted(f"{stop.asked or 'a signal to another rank'} came; saved at step {progress.step}")
     audit.finish()
+
+
+def _open_loader(recipe: Recipe, engine: Engine, stream: Stream, start_step: int, stop_step: int) -> TrainLoader:
+    """This rank's micro-batches of the steps from `start_step` to `stop_step`."""
+    return TrainLoader(
+        stream,
+        recipe.inputs,
+        views=list(recipe.views),
+        global_batch_size=recipe.global_batch_size,
+        world_size=engine.world.size,
+        rank=engine.world.rank,
+        micro_batch_size=engine.config["train_micro_batch_size_per_gpu"],
+        start_step=start_step,
+        stop_step=stop_step,
+        workers=recipe.data.workers,
+        substitutes=recipe.data.substitutes,
+        gone=recipe.data.gone,
+        sample_seconds=recipe.data.sample_seconds,
+        worker_memory=recipe.data.worker_memory,
+    )
 
 
 def _agree(problem: UserError | None, stop: Stop, micro_batches: list[MicroBatch], world: World) -> tuple[bool, bool]:

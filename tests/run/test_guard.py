@@ -6,7 +6,6 @@ from pathlib import Path
 
 import guard_worker
 import pytest
-import torch
 from launching import run
 
 from vlm.distributed import join

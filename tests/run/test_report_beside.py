@@ -93,7 +93,14 @@ def test_marks_stand_where_they_belong() -> None:
 def test_the_report_of_a_run_that_was_interrupted(make: Callable[..., Path]) -> None:
     about = {"resumed": RESUMED, "stopped": [{"step": 8, "why": "SIGUSR1"}]}
     rows = [step_row(step) | ({"loss": None, "skipped": "loss"} if step == 5 else {}) for step in range(1, 21)]
-    page = write_report(make("run", rows, about, SKIPPED)).read_text()
+    folder = make("run", rows, about, SKIPPED)
+    (folder / "hang").mkdir()
+    for name in ("20261121-191205-step-12-rank-1.txt", "20261121-191205-step-12-rank-0.txt", "note.txt"):
+        (folder / "hang" / name).touch()
+    page = write_report(folder).read_text()
+    both = "hang/20261121-191205-step-12-rank-0.txt, hang/20261121-191205-step-12-rank-1.txt"
+    assert page.count(f"<li>hung at step 12 ({both})</li>") == 1
+    assert page.count('class="mark hung"') == page.count('class="mark back"') >= 1
     charts = page.count('<polyline class="pale"') // 2
     assert charts >= 1
     assert page.count('class="mark stopped"') >= 3

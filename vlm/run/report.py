@@ -87,8 +87,9 @@ class RunFiles:
 
     @cached_property
     def marks(self) -> list[Mark]:
-        """Where it went on, and steps that were skipped."""
-        return events(self.about, self.skipped)
+        """Where it hung or went on, and steps that were skipped."""
+        reports = [path.name for path in (self.folder / "hang").glob("*.txt")]
+        return events(self.about, self.skipped, reports)
 
     def told(self) -> Told:
         """What stands beside another run."""
@@ -130,7 +131,7 @@ def write_report(run_dir: Path, other: Path | None = None) -> Path:
         ("", _headline),
         (f"Beside {other}", lambda run: "" if other is None else _beside(run, other)),
         ("Training", _training),
-        ("Interruptions", lambda run: interruptions(run.about, run.skipped)),
+        ("Interruptions", lambda run: interruptions(run.marks, run.skipped)),
         ("Questions", _questions),
         ("Texts", _texts),
         ("Timelines", _timelines),

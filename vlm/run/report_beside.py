@@ -93,6 +93,7 @@ def _facts(run: Told, other: Told) -> str:
         ("processes at the beginning", *(str(told.about.get("world_size", "?")) for told in (run, other))),
         ("steps", *(number(len(told.steps)) for told in (run, other))),
         ("continuations", *(str(_count(told, "stopped")) for told in (run, other))),
+        ("hangs", *(str(_count(told, "hung")) for told in (run, other))),
         ("skipped steps", *(str(_count(told, "skipped")) for told in (run, other))),
         ("last loss", *(_last(told) for told in (run, other))),
     ]

@@ -1,10 +1,11 @@
-"""What came between the steps of a run: where it stopped and went on, which steps were skipped, and
-where it went back (vlm.run.guard)."""
+"""What came between the steps of a run: where it stopped and went on, where it hung, which steps were
+skipped, and where it went back (vlm.run.guard)."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,6 +14,7 @@ from typing import Any
 from vlm.run.charts import Mark, number
 
 BACK = "rolled_back"  # the reason of a row that is no skipped step
+_HANG = re.compile(r"\d+-\d+-step-(\d+)-rank-\d+\.txt")
 _SHOWN = 100  # rows of a table
 _REASONS = {
     "loss": "the loss was not finite",
@@ -21,12 +23,13 @@ _REASONS = {
 }
 
 
-def events(about: Mapping[str, Any], skipped: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    """Marks of continuations (recipe.json's `resumed`, with why it stopped from `stopped`) and of skipped steps.
+def events(about: Mapping[str, Any], skipped: Sequence[Mapping[str, Any]], reports: Sequence[str] = ()) -> list[Mark]:
+    """Marks of continuations (recipe.json's `resumed`, with why it stopped from `stopped`), hangs and skipped steps.
 
     Args:
         about: recipe.json of a run.
         skipped: rows of its skipped.jsonl.
+        reports: names of the files in its folder `hang` (vlm.run.watchdog).
     """
     why = {_step(stop): str(stop.get("why", "")) for stop in _rows(about.get("stopped"))}
     marks = []
@@ -45,6 +48,11 @@ def events(about: Mapping[str, Any], skipped: Sequence[Mapping[str, Any]]) -> li
         else Mark(_step(row), f"step {_step(row):g} skipped: {reason_of(row)}", "skipped")
         for row in _rows(skipped)
     ]
+    hangs: dict[int, list[str]] = {}
+    for name in sorted(reports):
+        if found := _HANG.fullmatch(name):
+            hangs.setdefault(int(found[1]), []).append(f"hang/{name}")
+    marks += [Mark(step, f"hung at step {step} ({', '.join(files)})", "hung") for step, files in hangs.items()]
     return [mark for mark in marks if math.isfinite(mark.x)]
 
 
@@ -67,9 +75,9 @@ def reason_of(row: Mapping[str, Any]) -> str:
     return f"{_REASONS.get(reason, reason)}{told}"
 
 
-def interruptions(about: Mapping[str, Any], skipped: Sequence[Mapping[str, Any]]) -> str:
-    """A table of both as HTML; "" where nothing happened."""
-    whole = [mark.what for mark in events(about, skipped) if mark.style != "skipped"]
+def interruptions(marks: Sequence[Mark], skipped: Sequence[Mapping[str, Any]]) -> str:
+    """Marks as a list and skipped steps as a table, HTML; "" where nothing happened."""
+    whole = [mark.what for mark in marks if mark.style != "skipped"]
     parts = [f"<ul>{''.join(f'<li>{escape(what)}</li>' for what in whole)}</ul>"] if whole else []
     rows = [row for row in _rows(skipped) if row.get("reason") != BACK]
     if rows:

@@ -23,8 +23,8 @@ svg polyline.pale { stroke: var(--pale); stroke-width: 1; }
 svg polyline.other { stroke: var(--other); }
 svg polyline.other-pale { stroke: var(--other); stroke-width: 1; opacity: .35; }
 svg .mark { stroke: var(--quiet); stroke-width: 1; stroke-dasharray: 4 3; }
-svg .mark.skipped, svg .mark.back { stroke: var(--bad); }
-svg .mark.back { stroke-width: 2; }
+svg .mark.skipped, svg .mark.back, svg .mark.hung { stroke: var(--bad); }
+svg .mark.back, svg .mark.hung { stroke-width: 2; }
 .legend i.line { background: var(--line); } .legend i.other { background: var(--other); }
 svg .grid { stroke: var(--edge); stroke-width: .6; }
 svg .cell { fill: none; stroke: var(--edge); stroke-width: .5; }

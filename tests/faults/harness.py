@@ -75,7 +75,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._references: dict[Setting, Course] = {}
+        self._references: dict[tuple[Setting, str], Course] = {}
 
     @property
     def shards(self) -> Path:
@@ -100,16 +100,16 @@ class Workshop:
         path.write_text(json.dumps(config))
         return path
 
-    def reference(self, setting: Setting) -> Course:
-        """The uninterrupted run of a setting (made once)."""
-        if setting not in self._references:
+    def reference(self, setting: Setting, about: str = "", inject: Inject | None = None) -> Course:
+        """The uninterrupted run of a setting (made once), with what `about` names and `inject` does in each rank."""
+        if (setting, about) not in self._references:
             folder = self.folder / f"reference-{len(self._references)}"
             folder.mkdir()
             trial = Trial(self, "reference", 0, folder)
-            trial.run(setting)
-            self._references[setting] = trial.course()
+            trial.run(setting, inject)
+            self._references[setting, about] = trial.course()
             shutil.rmtree(folder)
-        return self._references[setting]
+        return self._references[setting, about]
 
 
 @dataclass(slots=True)
@@ -189,12 +189,13 @@ class Trial:
         return jobs.launch(command, self.folder / f"out-{self.attempts}", extra)
 
     def run(self, setting: Setting, inject: Inject | None = None, expect: int | None = 0) -> str:
-        """`start` and wait for the end; what was printed. AssertionError: a rank did not end with status `expect`
-        (None: any)."""
+        """`start` and wait for the end; what was printed. AssertionError: a rank ended by itself with another status
+        than `expect` (None: any)."""
         job = self.start(setting, inject)
         statuses = job.wait()
         printed = job.printed()
-        assert expect is None or set(statuses) == {expect}, f"ended with {statuses}, not {expect}: {printed[-1500:]}"
+        own = {status for rank, status in enumerate(statuses) if rank not in job.told}
+        assert expect is None or own == {expect}, f"ended with {statuses}, not {expect}: {printed[-1500:]}"
         return printed
 
     # The fault's trace
@@ -242,25 +243,27 @@ class Trial:
         self,
         setting: Setting,
         *,
-        reference: Setting | None = None,
+        reference: Course | None = None,
         damaged: Sequence[str] = (),
         tolerance: float | None = None,
+        inject: Inject | None = None,
     ) -> str:
         """After a fault that ended the run: start it again and compare with the uninterrupted run. A sentence on it.
 
         Args:
-            setting: of the continuation (and of the run, where no `reference` is given).
-            reference: the setting to compare with, where the continuation has another.
+            setting: of the continuation.
+            reference: what to compare with; None: the uninterrupted run of the same setting.
             damaged: checkpoints that the fault destroyed: they may be unreadable, and cost their interval.
             tolerance: relative, of losses, where bits cannot be equal (another number of processes); None: bits.
+            inject: the fault, where it is still there.
         """
         done = self.steps_done()
         self.check_checkpoints(damaged)
-        self.run(setting)
+        self.run(setting, inject)
         from_step = self.resumed_at()
         allowed = setting.every * (1 + len(damaged))
         assert done // setting.every * setting.every - from_step <= allowed, f"from step {done} back to {from_step}"
-        self.compare(reference or setting, tolerance)
+        self.compare(reference or self.workshop.reference(setting), tolerance)
         return f"{describe(setting)}: at step {done} of {setting.steps}, went on from {from_step}"
 
     def resumed_at(self) -> int:
@@ -268,10 +271,11 @@ class Trial:
         resumed = json.loads((self.run_dir / "recipe.json").read_text()).get("resumed")
         return resumed[-1]["step"] if resumed else 0
 
-    def compare(self, reference: Setting, tolerance: float | None = None) -> None:
-        """AssertionError unless the run came to the end that `reference` has, sample by sample."""
-        want, have = self.workshop.reference(reference), self.course()
-        steps = list(range(1, reference.steps + 1))
+    def compare(self, want: Course, tolerance: float | None = None) -> None:
+        """AssertionError unless the run came to the end that the reference `want` has, sample by sample."""
+        have = self.course()
+        steps = [row["step"] for row in want.rows]
+        assert steps == list(range(1, len(steps) + 1)), f"the reference has steps {steps}"
         assert [row["step"] for row in have.rows] == steps, f"steps {[row['step'] for row in have.rows]}"
         for name in ("batch_digest", "epoch", "lr", "quarantined"):
             assert [row[name] for row in have.rows] == [row[name] for row in want.rows], f"{name} differs"
@@ -287,7 +291,7 @@ class Trial:
             worst = max(abs(one - other) / abs(other) for one, other in losses)
             assert worst <= tolerance, f"losses differ by {worst:.1e}: {losses}"
         names = self.check_checkpoints()
-        assert names[-1] == f"step-{reference.steps:08d}", f"the last checkpoint is {names[-1:]}"
+        assert names[-1] == f"step-{steps[-1]:08d}", f"the last checkpoint is {names[-1:]}"
         assert (self.checkpoints / "latest").read_text().strip() == names[-1], "latest is not the last"
         left = [path.name for path in self.checkpoints.iterdir() if ".step-" in path.name or ".tmp" in path.name]
         assert not left, f"left behind: {left}"

@@ -55,6 +55,8 @@ class Job:
     def __init__(self, pids: list[int], outputs: list[Path], process: subprocess.Popen | None = None) -> None:
         self.pids, self.outputs, self._process = pids, outputs, process
         self.statuses: list[int | None] = [None] * len(pids)
+        self.told: set[int] = set()
+        """Ranks that were ended since another had ended badly."""
 
     def poll(self) -> bool:
         """Whether all have ended."""
@@ -78,6 +80,7 @@ class Job:
             if failed is not None and self._process is None:
                 for limit_seconds, number in ((grace, signal.SIGTERM), (grace + _SIGKILL_AFTER, signal.SIGKILL)):
                     if now - failed > limit_seconds:
+                        self.told |= {place for place, status in enumerate(self.statuses) if status is None}
                         self.signal(number)
                         failed = failed if number == signal.SIGTERM else now
             if now - began > limit:

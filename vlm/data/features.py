@@ -114,7 +114,7 @@ def _read_array(data: bytes | memoryview) -> np.ndarray:
 
 
 def read_features(record: Record) -> np.ndarray:
-    """(frames, D) float32 of a record's features; DecodeError where it has none or they are damaged."""
+    """(frames, D) float32 of a record's features; DecodeError where it has none, or they are damaged or not finite."""
     data = record.members.get(MEMBER)
     if data is None:
         raise DecodeError(f"record {record.key!r} of {record.shard} has no {MEMBER}")
@@ -124,7 +124,10 @@ def read_features(record: Record) -> np.ndarray:
         raise DecodeError(f"record {record.key!r} of {record.shard}: {MEMBER} is damaged ({error})") from error
     if features.ndim != 2:
         raise DecodeError(f"record {record.key!r} of {record.shard}: {MEMBER} has shape {features.shape}, not two axes")
-    return features.astype(np.float32)
+    features = features.astype(np.float32)
+    if not np.isfinite(features).all():
+        raise DecodeError(f"record {record.key!r} of {record.shard}: {MEMBER} holds numbers that are not finite")
+    return features
 
 
 def cut_span(

@@ -182,12 +182,14 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(world, engine, tmp_path, capsy
     for step in (2, 4, 6):
         saver.save(Progress(step=step), {})
     saver.wait()
-    assert checkpoint_before(tmp_path, 5).name == "step-00000004"
+    trains = list(engine.names.values())
+    assert checkpoint_before(tmp_path, 5, trains).name == "step-00000004"
     (tmp_path / "step-00000004" / checkpoint.OPTIMIZER).write_bytes(b"")
-    assert checkpoint_before(tmp_path, 5).name == "step-00000002"
+    assert checkpoint_before(tmp_path, 5, trains).name == "step-00000002"
     assert "passed over a damaged checkpoint" in capsys.readouterr().out
-    assert checkpoint_before(tmp_path, 1).name == "step-00000002", "the oldest, where all are of later"
-    assert checkpoint_before(tmp_path / "none", 5) is None
+    assert checkpoint_before(tmp_path, 1, trains).name == "step-00000002", "the oldest, where all are of later"
+    assert checkpoint_before(tmp_path / "none", 5, trains) is None
+    assert checkpoint_before(tmp_path, 5, [*trains, "llama.norm.weight"]) is None, "it did not train then"
     assert rewind(tmp_path / "step-00000002", engine)["step"] == 2
 
 

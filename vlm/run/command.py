@@ -169,8 +169,8 @@ def _guarded(job: Job, parser: _Parser, arguments: list[str] | None) -> int:
             if place()[0] == 0:
                 sys.stderr.write(f"stopped: {stopped}; the same command goes on\n")
             return PREEMPTED
-        except FloatingPointError as error:  # every process names its own samples
-            sys.stderr.write(f"stopped: {error}\n")
+        except FloatingPointError as error:
+            _tell(f"stopped: {error}")
             return 3
         except OSError as error:
             if error.filename is None or error.strerror is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlm.distributed import from_main, gather_objects, share_object
 from vlm.recipe import GuardConfig, Recipe
-from vlm.run import checkpoint, zero_state
+from vlm.run import checkpoint, restore, zero_state
 from vlm.run.checkpoint import Saver
 from vlm.run.engine import Engine, Here, StepResult
 from vlm.run.log import drop_after, plain
@@ -155,7 +155,9 @@ class Guard:
         if config.skip_budget == 0 or self.rollbacks >= config.rollbacks:
             before = f", after going back to a checkpoint {self.rollbacks} times" if self.rollbacks else ""
             raise FloatingPointError(f"{spent}{before}; the run ends. {mend}")
-        found = from_main(self.engine.world, lambda: checkpoint_before(saver.root, self.skipped[0]))
+        self.engine.heart.phase("restore")
+        trains = set(self.engine.names.values())
+        found = from_main(self.engine.world, lambda: checkpoint_before(saver.root, self.skipped[0], trains))
         if found is None:
             raise FloatingPointError(f"{spent}; there is no checkpoint yet to go back to, so the run ends. {mend}")
         state = rewind(found, self.engine)
@@ -181,17 +183,23 @@ class Guard:
         )
 
 
-def checkpoint_before(root: Path, step: int) -> Path | None:
-    """The newest intact checkpoint from before `step` (from 1); where none is kept, the oldest intact one."""
+def checkpoint_before(root: Path, step: int, trains: Collection[str]) -> Path | None:
+    """The newest checkpoint from before `step` (from 1) that can be gone back to; where none is kept, the oldest one.
+
+    Args:
+        trains: names of all that trains now; a checkpoint from before another choice of it does not have their values.
+    """
     names = checkpoint.steps(root)
     before = [name for name in names if int(name.removeprefix("step-")) < step]
     for name in [*reversed(before), *names[len(before) :]]:
         try:
             checkpoint.verify(root / name, (checkpoint.WEIGHTS, checkpoint.OPTIMIZER, checkpoint.STATE))
+            moments = restore.Tensors(root / name / checkpoint.OPTIMIZER).names()
         except UserError as error:
             print(f"passed over a damaged checkpoint: {error}", flush=True)
             continue
-        return root / name
+        if all(f"{zero_state.MOMENTS[0]}/{name}" in moments for name in trains):
+            return root / name
     return None
 
 

@@ -75,14 +75,19 @@ def _from_mpi() -> None:
         ) from error
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    address, port = _meet_by_mpi(world)
-    os.environ.update(
-        RANK=str(world.Get_rank()),
-        WORLD_SIZE=str(world.Get_size()),
-        LOCAL_RANK=str(local.Get_rank()),
-        MASTER_ADDR=os.environ.get("MASTER_ADDR", address),
-        MASTER_PORT=os.environ.get("MASTER_PORT", str(port)),
-    )
+    try:
+        address, port = _meet_by_mpi(world)
+        os.environ.update(
+            RANK=str(world.Get_rank()),
+            WORLD_SIZE=str(world.Get_size()),
+            LOCAL_RANK=str(local.Get_rank()),
+            MASTER_ADDR=os.environ.get("MASTER_ADDR", address),
+            MASTER_PORT=os.environ.get("MASTER_PORT", str(port)),
+        )
+    finally:
+        # MPI has served: torch's own group does the rest. mpirun takes a process that ends without this for one that
+        # failed, and `vlm.distributed.end` leaves no time for it.
+        MPI.Finalize()
 
 
 def _meet_by_mpi(world: Any) -> tuple[str, int]:

@@ -22,7 +22,7 @@ help:
 	@echo "make env          the environment (.venv), made once"
 	@echo "make demo         render a corpus, train, evaluate, report (SYSTEM=vit_llama, vamos, vico, video_llama, video_chatgpt)"
 	@echo "make test         lint and the fast tests"
-	@echo "make test-slow    the rest: the demo for real, kill and resume, offload"
+	@echo "make test-slow    the rest: the demo for real, kill and resume, offload, a Slurm cluster on this machine"
 	@echo "make bench        our training, scoring and loading against others' ways; clips encoded again (BENCH_ARGS='--quick --json FILE')"
 	@echo "make lint         ruff and mypy"
 

@@ -249,11 +249,11 @@ class Watchdog:
         told = Told(self._beat(), place, list(self._keys), loading, report.stacks(skip))
         gathered, silent, sights = {told.beat.rank: told}, dict[int, str](), {told.beat.rank: Sight(told.beat, 0.0)}
         if self._post is not None:
-            self._post.tell(told)
             lost = self._post.is_lost()
             if lost:
                 self._post.look_after_keeper()
-            if not self._post.ready.wait(post.GRACE / 2 if lost else 2 * post.GRACE + 2):
+            self._post.tell(told)
+            if not self._post.ready.wait(post.GRACE if lost else 2 * post.GRACE + 2):
                 self._post.go_alone()
             elif self._post.gathered is None:  # another rank reports
                 os._exit(HUNG)

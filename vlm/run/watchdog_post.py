@@ -162,7 +162,7 @@ class Post(threading.Thread):
             # A store that fails is seen by how long it has not answered; what it raises depends on how it failed.
             try:
                 self._round()
-                if self._told is not None:
+                if self._told is not None and self.alarm is not None:
                     return self._gather(self._told)
             except DistNetworkError:  # the connection is gone, and with it the process that keeps the store
                 return

@@ -4,7 +4,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow bench lint
+.PHONY: help env demo test test-slow bench faults lint
 
 SYSTEM ?= vit_llama
 # Where the demo puts its corpus and shards, and its runs.
@@ -14,6 +14,10 @@ RUNS ?= runs/demo
 PYTEST_ARGS ?=
 # More arguments for the benchmarks, which add their figures to the same file: make bench BENCH_ARGS='--quick --json figures.json'
 BENCH_ARGS ?=
+# Trials of make faults, the seed of their series (none: another each time), and a file for their rows.
+N ?= 20
+SEED ?=
+JSON ?=
 
 # A process a core: the threads of several processes on few cores only wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -24,6 +28,7 @@ help:
 	@echo "make test         lint and the fast tests"
 	@echo "make test-slow    the rest: the demo for real, kill and resume, offload, a Slurm cluster on this machine"
 	@echo "make bench        our training, scoring and loading against others' ways; clips encoded again (BENCH_ARGS='--quick --json FILE')"
+	@echo "make faults N=20  that many faults injected into runs, each to be survived (SEED=7 repeats them, JSON=FILE takes the rows)"
 	@echo "make lint         ruff and mypy"
 
 env:
@@ -49,3 +54,6 @@ bench: env
 	.venv/bin/python bench/video_llama.py $(BENCH_ARGS)
 	.venv/bin/python bench/reencode.py $(BENCH_ARGS)
 	.venv/bin/python bench/features.py $(BENCH_ARGS)
+
+faults: env
+	.venv/bin/python -m tests.faults --number $(N) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))

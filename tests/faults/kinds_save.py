@@ -61,7 +61,7 @@ def _kill_at(trial: Trial, point: str) -> str:
 
     def inject(own: int) -> None:
         if own == rank:
-            due = _armed(save).due
+            due = points.Countdown(0, save).due if point == "copy" else _armed(save).due
 
             def act() -> None:
                 trial.strike(place)

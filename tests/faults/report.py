@@ -48,8 +48,8 @@ def page(rows: Sequence[Row], kinds: Mapping[str, Kind]) -> str:
             "",
             "Rows go to `tests/faults/ledger.jsonl` ({kind, seed, survived, detail, commit, seconds}); with a seed,",
             "those that it has of the same commit are not run again, so a long series may be cut short. This page is",
-            "made of it by `python -m tests.faults.report`. Save and data kinds are runs forked from a process that has",
-            "imported everything (seconds each), the others real jobs under torchrun.",
+            "made of it by `python -m tests.faults.report`. Save and data kinds are runs forked from a process that",
+            "has imported everything (seconds each), the others real jobs under torchrun.",
             "",
         ]
     )

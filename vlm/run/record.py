@@ -22,7 +22,7 @@ import torch
 from vlm.config import differences, to_dict
 from vlm.data.tokenizers import content_hash
 from vlm.distributed import World, from_main
-from vlm.files import sole_writer, write_json
+from vlm.files import sole_writer, write_json, write_text
 from vlm.nn.attention import AttentionChoice
 from vlm.recipe import Recipe
 from vlm.run import checkpoint
@@ -149,11 +149,22 @@ def _open_training(launch: Launch, fingerprint: str) -> tuple[Path | None, dict[
     found, passed_over = newest
     for sentence in passed_over:
         print(f"passed over a damaged checkpoint: {sentence}", flush=True)
+    _set_latest_right(root, found)
     for text in changed:
         print(f"changed since the run began: {text}", flush=True)
     again = {"step": int(found.name.removeprefix("step-")), "changed": changed}
     again |= {name: about[name] for name in ("world_size", "deepspeed", "overrides", "git_commit", "command")}
     return found, {**old, "resumed": [*(old.get("resumed") or []), again]}
+
+
+def _set_latest_right(root: Path, found: Path) -> None:
+    """Have `latest` name the checkpoint that was found newest: an evaluation goes by it, and this run may have nothing
+    more to save."""
+    latest = root / "latest"
+    named = latest.read_text(errors="replace").strip() if latest.is_file() else "no checkpoint"
+    if named != found.name:
+        print(f"{latest} names {named!r}, not the newest intact checkpoint: set to {found.name}", flush=True)
+        write_text(latest, f"{found.name}\n")
 
 
 def compare(folder: Path, old: dict[str, Any], about: dict[str, Any]) -> list[str]:

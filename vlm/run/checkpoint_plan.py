@@ -6,7 +6,6 @@ nothing is gathered: each rank copies its own fragments, and writes them at thei
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,22 +111,22 @@ class Plan:
         self.layouts: dict[str, Layout] = {file: layout_of(part, {"format": "pt"}) for file, part in described.items()}
         self.key = _key(described, held)
         self.regions: list[Region] = []
-        self._targets: list[Tensor] = []
-        places: list[tuple[int, int]] = []
+        dtypes = [described[source.file][source.name][0] for source in held]
+        self._runs = _neighbours(held, dtypes)
+        places = [(0, 0)] * len(held)
         end = 0
-        for source in held:
-            dtype, shape = described[source.file][source.name]
-            assert source.start + source.values.numel() <= math.prod(shape), f"{source.name}: more than there is"
-            begin = -(-end // 8) * 8
+        for index in (index for run in self._runs for index in run):
+            source, dtype = held[index], dtypes[index]
+            first, last = self.layouts[source.file].places[source.name]
+            begin = -(-end // dtype.itemsize) * dtype.itemsize
             end = begin + source.values.numel() * dtype.itemsize
-            offset = self.layouts[source.file].places[source.name][0] + source.start * dtype.itemsize
+            offset = first + source.start * dtype.itemsize
+            assert offset + end - begin <= last, f"{source.name}: more than there is"
             self.regions.append(Region(source.file, source.name, begin, end, offset))
-            places.append((begin, end))
+            places[index] = (begin, end)
         # Touched now: pages that are asked for while training waits would take longer than the copy itself.
         self.memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned).fill_(0)
-        for source, (begin, end) in zip(held, places):
-            dtype, _ = described[source.file][source.name]
-            self._targets.append(self.memory[begin:end].view(dtype))
+        self._targets = [self.memory[a:b].view(dtype) for (a, b), dtype in zip(places, dtypes)]
         self.bytes = self.memory.numpy().data
         self._starts = {(region.file, region.name, region.offset): region for region in self.regions}
         self.hashes = _shared_out(self.layouts, rank, size)
@@ -139,8 +138,13 @@ class Plan:
 
     def copy(self, held: Sequence[Source]) -> None:
         """Values into the host memory: all that training waits for."""
-        for target, source in zip(self._targets, held, strict=True):
-            target.copy_(source.values, non_blocking=True)
+        for run in self._runs:
+            values = [held[index].values for index in run]
+            targets = [self._targets[index] for index in run]
+            if all(map(_adjacent, values, values[1:])):  # one copy of all: a group that ZeRO flattened
+                values, targets = [_joined(values)], [_joined(targets)]
+            for target, value in zip(targets, values):
+                target.copy_(value, non_blocking=True)
         if self.memory.is_pinned():
             torch.cuda.current_stream().synchronize()
 
@@ -203,6 +207,33 @@ def whole_tensors(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) 
         Source(f, n, 0, t.detach().cpu().contiguous().view(-1)) for f, part in files.items() for n, t in part.items()
     ]
     return Plan(described, held), held
+
+
+def _neighbours(held: Sequence[Source], dtypes: Sequence[torch.dtype]) -> list[list[int]]:
+    """Sources, by their indices, in the order of memory; those that lie side by side and are copied as they are, in one
+    list."""
+    found: list[list[int]] = []
+    order = [index for index, source in enumerate(held) if source.values.numel()]
+    for index in sorted(order, key=lambda index: held[index].values.data_ptr()):
+        last = found[-1][-1] if found else index
+        plain = held[index].values.dtype == dtypes[index] == dtypes[last]
+        if found and plain and _adjacent(held[last].values, held[index].values):
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return found
+
+
+def _adjacent(one: Tensor, other: Tensor) -> bool:
+    """Whether the second begins where the first ends."""
+    same = one.dtype == other.dtype and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return same and one.data_ptr() + one.numel() * one.itemsize == other.data_ptr()
+
+
+def _joined(neighbours: Sequence[Tensor]) -> Tensor:
+    """What lies side by side as one."""
+    total = sum(one.numel() for one in neighbours)
+    return neighbours[0].as_strided((total,), (1,), neighbours[0].storage_offset())
 
 
 def _key(described: Mapping[str, Described], held: Sequence[Source]) -> Any:

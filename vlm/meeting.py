@@ -92,6 +92,8 @@ def join_group(meeting: Meeting, backend: str, device: torch.device, timeout: ti
         NoRendezvous: one line with the reason. Where a library hangs, the line is written and the process ends with
             status 86 (vlm.errors.HUNG).
     """
+    if dist.is_initialized():  # it is one already
+        return
     if meeting.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return

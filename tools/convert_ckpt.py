@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from vlm.models.describe import describe
 from vlm.models.formats import Model, read_hf, read_pth, write_hf, write_pth
 from vlm.models.llama_facts import is_llama_folder
 from vlm.models.published import (
+    BASE,
     FAMILIES,
     GATED,
     HAS_FROZEN,
@@ -80,6 +82,8 @@ def read_vlm(path: Path, key: str | None) -> Model:
             "manifest and weights are not of one checkpoint."
         )
     kind = kind_of(tensors)
+    own = read_state_dict(folder / WEIGHT_FILES[0]) if WEIGHT_FILES[0] in manifest["files"] else {}
+    learnt = {name: tensors.pop(name) for name in own if re.fullmatch(BASE[kind], name)}
     tensors = to_ours(tensors, "ours", kind)
     dropped = [name for name in sorted(manifest["files"]) if name not in (*WEIGHT_FILES, UNUSED_FILE)]
     return Model(
@@ -91,6 +95,7 @@ def read_vlm(path: Path, key: str | None) -> Model:
         step=manifest.get("step", 0),
         settings=(manifest.get("recipe") or {}).get("model"),
         run=manifest.get("recipe") or {},
+        learnt=learnt,
         unused=video_llama_files.aside(tensors),  # of Video-ChatGPT alike
     )
 
@@ -101,7 +106,7 @@ def write_vlm(path: Path, model: Model, recipe: System | None) -> None:
         parts: list[Mapping[str, Tensor]] = [{}, {}, {}]
     else:
         path.mkdir()
-        own = {name: t for name, t in model.trainable().items() if name not in model.unused}
+        own = {name: t for name, t in model.trainable().items() if name not in model.unused} | model.learnt
         parts = [own, model.frozen(), {name: model.tensors[name] for name in sorted(model.unused)}]
     for name, part in zip((*WEIGHT_FILES, UNUSED_FILE), parts):
         if part:
@@ -119,7 +124,7 @@ def write_vlm(path: Path, model: Model, recipe: System | None) -> None:
         "frozen_hash": state_hash(frozen) if model.frozen_hash is None or not tied else model.frozen_hash,
         "files": files,
         "tensors": {
-            n: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in model.tensors.items()
+            n: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in model.whole().items()
         },
         "source": model.source,
         **recipe_part,
@@ -285,7 +290,7 @@ def convert(options: argparse.Namespace) -> None:
     print(f"wrote   {options.to_format}: {options.target} (read back and compared: equal to the bit)")
     if compared:
         print(f"{'outputs' if model.kind in (*SEEING, VIDEO_CHATGPT) else 'logits '} {compared}")
-    print(f"hash    {state_hash(model.tensors)}")
+    print(f"hash    {state_hash(model.whole())}")
 
 
 def refuse_kind(options: argparse.Namespace, model: Model) -> None:
@@ -345,8 +350,8 @@ def put(
         written = aside / path.name
         target.write(written, model, recipe)
         again = target.read(written, model.source.get("container") if keyed(options, model) else None)
-        diff_keys(again.tensors, model.tensors).require(f"{path} as written")
-        if state_hash(again.tensors) != state_hash(model.tensors):
+        diff_keys(again.whole(), model.whole()).require(f"{path} as written")
+        if state_hash(again.whole()) != state_hash(model.whole()):
             raise RuntimeError(
                 f"{path}: what was read back differs from what was written; the disk or memory is at fault"
             )

@@ -40,10 +40,15 @@ class Model:
     step: int = 0
     settings: dict[str, Any] | None = None  # `recipe.model` of one of our training checkpoints
     run: dict[str, Any] = field(default_factory=dict)  # the whole recipe of such a checkpoint
+    learnt: Mapping[str, Tensor] = field(default_factory=dict)  # of the frozen base, as a run trained it (`unfreeze`)
     unused: frozenset[str] = frozenset()  # tensors that the recipe's model has no use for, kept for the way back
     llama: LlamaBaseConfig | None = None  # of a whole LLaMA: its sizes
     hf_config: dict[str, Any] | None = None  # of EVA and a Q-Former: config.json for a Hugging Face folder
     notes: list[str] = field(default_factory=list)  # what a person should know of the conversion
+
+    def whole(self) -> dict[str, Tensor]:
+        """All tensors, those of the base that a run trained among them."""
+        return {**self.tensors, **self.learnt}
 
     def frozen(self) -> dict[str, Tensor]:
         return {name: t for name, t in self.tensors.items() if re.fullmatch(FROZEN[self.kind], name)}

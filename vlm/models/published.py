@@ -45,6 +45,8 @@ TIED = (*BRANCHES, VIDEO_CHATGPT)  # kinds that know their language model by its
 HAS_FROZEN = (VIT_LLAMA,)  # kinds with tensors that are never trained
 FROZEN = {**dict.fromkeys(KIND_TITLES, r"(?!)"), VIT_LLAMA: r"llama\..+"}  # their names
 FROZEN |= dict.fromkeys(BRANCHES, r"(tower|llm)\..+")
+BASE = {**FROZEN, **dict.fromkeys(GATED, r"llm\..+")}
+"""Names of all that a run of ours loads besides, frozen; files of some kinds have none of it."""
 
 # --------------------------- pairs (ours, theirs): {i} is a number, {p} is weight or bias, {rest} any names to the end
 

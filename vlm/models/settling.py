@@ -20,7 +20,7 @@ from vlm.models.frozen_base import require_tensors, settle_frozen
 from vlm.models.llama_base import LlamaBaseConfig
 from vlm.models.llama_facts import refuse_other_sizes
 from vlm.models.llama_pass import fixed_tokens, meta_logits, transformers_logits
-from vlm.models.published import GATED, KIND_TITLES, LLAMA, SEEING, VIDEO_CHATGPT
+from vlm.models.published import GATED, HAS_FROZEN, KIND_TITLES, LLAMA, SEEING, VIDEO_CHATGPT
 from vlm.models.released import input_settings, other_inputs, overrides, shown, trained_with
 from vlm.models.system import System
 from vlm.models.vamos import VamosConfig
@@ -59,6 +59,12 @@ def settle(model: Model, request: Request) -> tuple[System | None, Compare | Non
     Raises:
         UserError: what was read is not what was asked for.
     """
+    settled = _settle(model, request)
+    _put_learnt(model, request)
+    return settled
+
+
+def _settle(model: Model, request: Request) -> tuple[System | None, Compare | None]:
     if model.kind == LLAMA:
         return None, settle_llama(model, request)
     if model.kind in GATED:
@@ -71,6 +77,26 @@ def settle(model: Model, request: Request) -> tuple[System | None, Compare | Non
         fit = video_chatgpt_fit if model.kind == VIDEO_CHATGPT else video_llama_fit
         return None, fit.settle(model, wish)
     return settle_vit(model, request), None
+
+
+def _put_learnt(model: Model, request: Request) -> None:
+    """What a run trained of the frozen base takes its place in files that hold the base. UserError: these do not."""
+    if not model.learnt:
+        return
+    count = len(model.learnt)
+    named = f"{min(model.learnt)}{', …' * (count > 1)}"
+    first = f"{count} tensor{'s' * (count > 1)} of the frozen base that the run trained too ({named})"
+    if request.to_format == "vlm":
+        model.notes.append(f"holds {first}")
+    elif model.kind in HAS_FROZEN:
+        model.tensors = {**model.tensors, **model.learnt}
+        model.learnt = {}
+        model.notes.append(f"{first} stand in the place of the base's")
+    else:
+        raise UserError(
+            f"{request.source} holds {first}; files of the format {request.to_format} have no place for them beside a "
+            f"{KIND_TITLES[model.kind]}, and without them it is another model. Mend: --to vlm, which launch/*.py read"
+        )
 
 
 def settle_llama(model: Model, request: Request) -> Compare:

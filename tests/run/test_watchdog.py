@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launching import ROOT, environment, start, train_arguments
+from launching import ROOT, environment, run, start, train_arguments
+from safetensors.torch import load_file
 from torch import nn
 
 from vlm.data.workers import Loaded
@@ -131,7 +132,6 @@ def test_blocks_are_signs_of_life_forward_and_backward_and_change_no_gradient():
     with torch.no_grad():
         model.layers[2](torch.ones(1, 3))
     assert dog._beat().module == "layers.2"
-    dog.__exit__(None, None, None) if not dog._limit else [hook.remove() for hook in dog._hooks]
 
 
 def test_zero_watches_nothing(tmp_path):
@@ -142,8 +142,8 @@ def test_zero_watches_nothing(tmp_path):
         dog.phase("load", step=1)
         assert threading.active_count() == threads
         assert not model[0]._forward_hooks
-    with pytest.raises(ValueError, match="hang_seconds is nan"):
-        load("vit_llama.debug", ["hang_seconds=nan"])
+    with pytest.raises(ValueError, match=r"hang_seconds is -1\.0; it must be a finite number from 0"):
+        load("vit_llama.debug", ["hang_seconds=-1"])
 
 
 def test_a_busy_process_that_says_nothing_has_not_stalled_in_some_phases():
@@ -235,16 +235,11 @@ def test_a_slow_step_is_no_hang(tmp_path):
     assert not (tmp_path / "hang").exists()
 
 
-def test_a_locked_rank_0_is_reported_by_the_other_with_its_stacks(tmp_path):
-    report = check_report("lock", 0, tmp_path, 1.0)
-    assert "rank 0 was silent" in report
-    assert " in fault" in report
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rank", "says"),
     [
+        ("lock", 0, " in fault"),
         ("lock", 1, " in fault"),
         ("stop", 0, "stopped by a signal"),
         ("stop", 1, "stopped by a signal"),
@@ -293,6 +288,19 @@ def test_no_loader_process_outlives_a_run_that_hung(shape_shards, tmp_path):
         time.sleep(0.2)
     process.communicate()
     assert len(seen) > 4
-    gone, alive = psutil.wait_procs(seen, timeout=15)
-    assert not alive
-    assert os.listdir(tmp_path / "run" / "hang")
+    assert not psutil.wait_procs(seen, timeout=15)[1]
+    assert list((tmp_path / "run" / "hang").iterdir())
+
+
+@pytest.mark.slow
+def test_training_gives_the_same_bits_watched_or_not(shape_shards, tmp_path):
+    ends = []
+    for seconds in (600, 0):
+        folder = tmp_path / str(seconds)
+        settings = ["steps=3", "model.drop_path=0.2", "eval.at_end=false", f"hang_seconds={seconds}"]
+        run(train_arguments(shape_shards, folder, *settings))
+        files = sorted((folder / "checkpoints" / "step-00000003").glob("*.safetensors"))
+        ends.append([load_file(file) for file in files])
+    for one, other in zip(*ends, strict=True):
+        assert one.keys() == other.keys()
+        assert all(one[name].equal(other[name]) for name in one)

@@ -127,6 +127,7 @@ class Engine:
         self._untaught = 0
         self._norm: float | None = None  # where DeepSpeed keeps none
         self._veto = Veto(self._adams(), self._grad_norm)
+        self._buffers = tuple(trained.persistent_buffers(model))
         steps = config["gradient_accumulation_steps"]
         self.modalities = Modalities(model.reads_text, recipe.inputs, recipe.views, steps, world)
 
@@ -149,7 +150,7 @@ class Engine:
         self.heart.phase("collective")
         totals, counters = self._global_counts(micro_batches)
         self._refuse_untaught(totals, micro_batches)
-        buffers = {name: value.detach().clone() for name, value in trained.persistent_buffers(self.model).items()}
+        buffers = {name: self.model.get_buffer(name).detach().clone() for name in self._buffers}
         tally = _Tally(self.recipe.views)
         self.deepspeed.train()
         for number, item in enumerate(micro_batches, 1):
@@ -165,8 +166,8 @@ class Engine:
             self.deepspeed.step()
         skipped, norm = self._veto.outcome()
         if skipped:
-            for name, value in trained.persistent_buffers(self.model).items():
-                value.data.copy_(buffers[name])  # the forward pass writes running statistics
+            for name, value in buffers.items():
+                self.model.get_buffer(name).data.copy_(value)  # the forward pass writes running statistics
         here = tally.here() if skipped else None
         if here is not None and limit is None:
             what = f"a loss is not finite: {losses}" if skipped == "loss" else f"the gradient norm is {norm}"

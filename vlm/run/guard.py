@@ -198,7 +198,7 @@ def checkpoint_before(root: Path, step: int, trains: Collection[str]) -> Path | 
         except UserError as error:
             print(f"passed over a damaged checkpoint: {error}", flush=True)
             continue
-        if all(f"{zero_state.MOMENTS[0]}/{name}" in moments for name in trains):
+        if all(f"{zero_state.MOMENTS[0]}/{one}" in moments for one in trains):
             return root / name
     return None
 

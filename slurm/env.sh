@@ -4,9 +4,12 @@
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun of Slurm from 22.05 on does not take it from the job
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# in_tasks SCRIPT ARGUMENTS: the script in every task of the job, one a GPU; where one fails, all end.
+# in_tasks SCRIPT ARGUMENTS: the script in every task of the job, one a GPU; where one fails, all end. A job that
+# was given other nodes while it waited (docs/cluster.md) keeps SLURM_NTASKS of its first ones.
 in_tasks() {
-    supervise srun --kill-on-bad-exit=1 .venv/bin/python "$@"
+    local tasks=${SLURM_NTASKS:-1} each=${SLURM_NTASKS_PER_NODE:-1}
+    ((tasks % each)) || tasks=$((SLURM_JOB_NUM_NODES * each))
+    supervise srun "--ntasks=$tasks" --kill-on-bad-exit=1 .venv/bin/python "$@"
 }
 
 # supervise COMMAND: runs it and ends the job as it ended, or has the job queued again:

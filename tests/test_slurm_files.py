@@ -17,7 +17,8 @@ JOBS = ("pretrain", "finetune", "evaluate")
 SRUN = """#!/usr/bin/env bash
 [[ " $* " == *" --nodelist=lost "* ]] && exit 1
 [[ $1 == --overlap ]] && exit 0
-[[ $1 == --kill-on-bad-exit=1 ]] && shift
+echo "$1" >> tasks
+[[ $2 == --kill-on-bad-exit=1 ]] && shift 2
 SLURM_STEP_ID=0 "$@"
 if [[ -n ${SAYS:-} ]]; then printf '%b\\n' "$SAYS" >&2; fi
 exit "${ENDS:-0}"
@@ -61,6 +62,7 @@ def play(place: Path, job: str, *arguments: str, **variables: str) -> subprocess
         "SLURM_SUBMIT_DIR": str(place),
         "SLURM_JOB_ID": "42",
         "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
         "SLURM_CPUS_PER_TASK": "3",
         **variables,
     }
@@ -148,6 +150,18 @@ def test_what_tasks_are_told(place: Path) -> None:
     assert seen == {"OMP_NUM_THREADS": "1", "SRUN_CPUS_PER_TASK": "3"}, "where they meet is left to them"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "counted", "a_node", "started"),
+    [("2", "16", "8", 16), ("3", "16", "8", 24), ("1", "4", "8", 4), ("1", "1", "1", 1), ("3", "1", "1", 3)],
+)
+def test_a_task_a_gpu_of_the_nodes_that_there_are(
+    place: Path, nodes: str, counted: str, a_node: str, started: int
+) -> None:
+    variables = {"SLURM_JOB_NUM_NODES": nodes, "SLURM_NTASKS": counted, "SLURM_NTASKS_PER_NODE": a_node}
+    submit(place, "pretrain", **variables)
+    assert (place / "tasks").read_text() == f"--ntasks={started}\n"
+
+
 TERMINATED = "\\nsrun: error: node2: task 1: Terminated"
 ENDINGS = {
     "saved": ({"ENDS": "85"}, 85, "stopped by a signal, and saved", ""),
@@ -215,7 +229,7 @@ def test_a_signal_to_the_job_reaches_the_run_as_sigusr1(place: Path, name: str) 
         "#!/usr/bin/env bash\ntrap 'echo saved; exit 85' USR1\nkill -{} $PPID\nfor _ in {{1..99}}; do sleep 0.1; done"
     )
     (place / ".venv/bin/python").write_text(listens.format(name))
-    (place / "bin/srun").write_text('#!/usr/bin/env bash\nshift\nexec "$@"\n')  # srun passes SIGUSR1 to its tasks
+    (place / "bin/srun").write_text('#!/usr/bin/env bash\nshift 2\nexec "$@"\n')  # srun passes SIGUSR1 to its tasks
     done = play(place, "pretrain")
     assert (done.returncode, done.stdout.splitlines()[:2]) == (85, ["slurm: told to stop", "saved"])
     assert (place / "calls").read_text() == "requeue 42\n"

@@ -58,24 +58,22 @@ def test_two_nodes_zero3(whole: Run, run: Run) -> None:
     same_course(run, whole, 12)
 
 
-def test_preempted_and_on_more_and_fewer_nodes(whole: Run, run: Run) -> None:
-    """Whoever asks for --nodes=1-3 goes on with what there is: one node, then two, then one."""
+def test_preempted_and_on_fewer_nodes_and_on_more(whole: Run, run: Run) -> None:
+    """Two nodes, then one, then three: a job that waits to go on takes what its owner gives it."""
     cluster = run.cluster
-    first = high(cluster, 2)
-    cluster.wait(first, "RUNNING")
-    job = run.submit("--nodes=1-3")
+    job = run.submit("--nodes=2")
     run.reach(10)
-    second = high(cluster, 1)
+    others = [high(cluster, 2)]
     run.restarted(1)
-    cluster.call("scancel", first)
+    cluster.call("scontrol", "update", f"JobId={job}", "NumNodes=1-1", "NumTasks=1")
     run.reach(len(run.rows()) + 10)
-    third = high(cluster, 2)
+    others.append(high(cluster, 1))
     run.restarted(2)
-    cluster.call("scancel", second)
+    cluster.call("scontrol", "update", f"JobId={job}", "NumNodes=3-3", "NumTasks=3")
+    cluster.call("scancel", *others)
     cluster.wait(job)
-    cluster.call("scancel", third)
-    assert [row["world_size"] for row in run.resumed()] == [2, 1]
-    assert run.said().count("stopped: SIG") == 2
+    assert [row["world_size"] for row in run.resumed()] == [1, 3]
+    assert run.said().count("stopped: SIGTERM came; saved at step") == 2
     assert run.said().count("slurm: stopped by a signal, and saved: job") == 2
     same_course(run, whole)
 

@@ -35,16 +35,18 @@ def open_store(world: World, seconds: float) -> TCPStore:
     Args:
         seconds: after which a call that gets no answer fails.
     """
-    address = os.environ["MASTER_ADDR"]
     most = timedelta(seconds=seconds)
     own: list[TCPStore] = []
 
     def keep() -> int:
-        own.append(TCPStore(address, 0, world.size, True, most, wait_for_workers=False))
+        # It listens at all addresses; what MASTER_ADDR says to other hosts need not mean anything on this one.
+        own.append(TCPStore("127.0.0.1", 0, world.size, True, most, wait_for_workers=False))
         return own[0].port
 
     port = from_main(world, keep)
-    return own[0] if own else TCPStore(address, port, world.size, False, most, wait_for_workers=False)
+    if own:
+        return own[0]
+    return TCPStore(os.environ["MASTER_ADDR"], port, world.size, False, most, wait_for_workers=False)
 
 
 @dataclass(frozen=True, slots=True)

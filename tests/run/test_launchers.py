@@ -173,3 +173,38 @@ def test_hosts_that_are_really_apart(
     said = finished(started)
     assert f"world size 2 (started by {starter})" in said
     assert curve(tmp_path / "run") == wanted
+
+
+SSH = ("ssh", "sshd", "ssh-keygen", "pdsh")
+NO_SSH = [name for name in SSH if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+
+
+@pytest.fixture
+def logins(two_hosts: list[Host], tmp_path: Path) -> Iterator[str]:
+    """An ssh server on each host; what ssh is to be told so that it logs in there without a password."""
+    for key in ("user", "host"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / key)], check=True)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    options = [f"AuthorizedKeysFile={tmp_path}/user.pub", "StrictModes=no", "PermitRootLogin=yes", "UsePAM=no"]
+    server = [shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin"), "-D", "-e", "-f", "/dev/null"]
+    words = [*server, "-h", str(tmp_path / "host"), "-o", "PidFile=none", *(w for o in options for w in ("-o", o))]
+    running = [host.start(words, environment(), tmp_path) for host in two_hosts]
+    yield f"-F /dev/null -i {tmp_path}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+    for process in running:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.mark.skipif(bool(NO_SSH), reason=f"no {', '.join(NO_SSH)} (Debian: openssh-client openssh-server pdsh)")
+def test_deepspeed_that_logs_in_to_the_hosts_of_its_hostfile(
+    logins: str, two_hosts: list[Host], shape_shards: Path, tmp_path: Path, wanted: list[tuple[object, ...]]
+) -> None:
+    """One command on the first host, as on a cluster without Slurm. Variables go along in a file of deepspeed's."""
+    variables = tmp_path / "variables"
+    variables.write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nWANDB_MODE=disabled\n")
+    file = hostfile(tmp_path, *(host.name for host in two_hosts))
+    options = ["deepspeed", f"--hostfile={file}", f"--master_addr={two_hosts[0].name}", "--no_ssh_check"]
+    env = {**environment(), "PDSH_SSH_ARGS_APPEND": logins, "DS_ENV_FILE": str(variables)}
+    said = finished([two_hosts[0].start([*options, *arguments(shape_shards, tmp_path / "run")], env, launching.ROOT)])
+    assert "world size 2 (started by deepspeed)" in said
+    assert curve(tmp_path / "run") == wanted

@@ -10,7 +10,7 @@ from zero_worker import GLOBAL_BATCH, LR, MICRO_BATCH, batch_of, data, recipe
 
 from vlm.data.loader import MicroBatch, plan_step
 from vlm.distributed import barrier, end, join
-from vlm.run import checkpoint, zero_state
+from vlm.run import checkpoint, restore, zero_state
 from vlm.run.checkpoint import Progress, Saver
 from vlm.run.engine import Engine, derive
 
@@ -28,11 +28,11 @@ def build(setting, world, folder=None):
     settings = recipe()
     torch.manual_seed(0 if folder is None else 5)
     model = settings.model.build()
-    state = checkpoint.load_weights(folder, model) if folder else {"step": 0}
+    state = restore.load_weights(folder, model) if folder else {"step": 0}
     video_and_label = data(model)
     engine = Engine(model, settings, derive(hardware, settings, world.size), world)
     if folder:
-        checkpoint.load_optimizer(folder, engine, state)
+        restore.load_optimizer(folder, engine, state)
     return engine, state["step"], video_and_label
 
 

@@ -27,12 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from vlm.distributed import barrier, stop_together
-from vlm.models import trained
-from vlm.models.system import System
+from vlm.distributed import stop_together
 from vlm.run import checkpoint_files, zero_state
 from vlm.run.checkpoint_files import MANIFEST, remove_unfinished, steps
 from vlm.run.checkpoint_group import Group
@@ -67,6 +64,7 @@ class Saver:
         keep: newest checkpoints to keep; the best one is kept besides.
         seconds: how long writing one may take before it counts as stuck.
         say: tells the user a line (rank 0).
+        alive: called now and then by who waits for a checkpoint that gets on.
     """
 
     def __init__(
@@ -77,9 +75,10 @@ class Saver:
         keep: int,
         seconds: float = SECONDS,
         say: Callable[[str], None] = print,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.root, self.engine, self.keep, self.seconds = root, engine, keep, seconds
-        self._say = say
+        self._say, self._alive = say, alive
         self._group = Group(engine.world, seconds)
         self._job: Job | None = None
         self._told: dict[str, float] = {}
@@ -129,11 +128,6 @@ class Saver:
         told, self._told = self._told, {}
         return told
 
-    def progress(self) -> tuple[str, int]:
-        """What this rank's thread does at the moment ("" where nothing is being written), and a number that grows as
-        it gets on."""
-        return self._job.progress() if self._job is not None and self._job.runs else ("", 0)
-
     def problem(self) -> UserError | None:
         """Why what was begun cannot be written, as far as this rank knows by now. Not collective, does not wait."""
         return None if self._job is None else self._job.problem()
@@ -145,7 +139,7 @@ class Saver:
             UserError: on every rank; it could not be written.
         """
         if self._job is not None:
-            self._job.join()
+            self._job.join(self._alive)
             stop_together(self._job.problem(), self.engine.world.device)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,14 @@ class Job:
             "system, or allow more seconds; then the same command goes on from there"
         )
 
-    def join(self) -> None:
-        """Until it is done, or has taken too long: see `problem`."""
+    def join(self, alive: Callable[[], None]) -> None:
+        """Until it is done, or has taken too long (see `problem`). `alive` is called whenever it has got on."""
+        seen = self.progress()
         while self._thread.is_alive() and self.problem() is None:
             self._thread.join(0.2)
+            seen, before = self.progress(), seen
+            if seen != before:
+                alive()
 
     def run(self) -> None:
         """Do it. Collective over the group.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,7 +128,8 @@ def _train_steps(
     throughput = Throughput(engine.model, world)
     audit = Audit(engine, recipe.audit_steps, log.say)
     folder, seconds = recipe.run_dir / "checkpoints", recipe.checkpoint_seconds
-    saver = Saver(folder, engine, keep=recipe.checkpoint_keep, seconds=seconds, say=log.say)
+    waits = partial(heart.phase, "save")
+    saver = Saver(folder, engine, keep=recipe.checkpoint_keep, seconds=seconds, say=log.say, alive=waits)
     saved_at = progress.step
     stop.waits, stopping = True, False
 

@@ -220,6 +220,12 @@ class Trial:
         """The last step in metrics.jsonl."""
         return max((row["step"] for row in _rows(self.run_dir)), default=0)
 
+    def last_copied(self) -> int:
+        """The last step whose state a run began to save (0: none)."""
+        path = self.loaded_file.with_name("saves.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return max((row["step"] for row in rows), default=0)
+
     def course(self) -> Course:
         """What the run left; AssertionError where it did not come to its end."""
         from safetensors.torch import load_file
@@ -247,6 +253,7 @@ class Trial:
         damaged: Sequence[str] = (),
         tolerance: float | None = None,
         inject: Inject | None = None,
+        again: Callable[[], Any] | None = None,
     ) -> str:
         """After a fault that ended the run: start it again and compare with the uninterrupted run. A sentence on it.
 
@@ -257,12 +264,12 @@ class Trial:
             tolerance: relative, of losses, where bits cannot be equal (another number of processes); None: bits.
             inject: the fault, where it is still there.
         """
-        done = self.steps_done()
+        done, copied = self.steps_done(), self.last_copied()
         self.check_checkpoints(damaged)
         self.run(setting, inject)
-        from_step = self.resumed_at()
-        allowed = setting.every * (1 + len(damaged))
-        assert done // setting.every * setting.every - from_step <= allowed, f"from step {done} back to {from_step}"
+        from_step, cost = self.resumed_at(), setting.every * len(damaged)
+        assert from_step >= copied - setting.every - cost, f"saving step {copied}, then back to {from_step}"
+        assert from_step >= done - 2 * setting.every - cost, f"from step {done} back to {from_step}"
         self.compare(reference or self.workshop.reference(setting), tolerance)
         return f"{describe(setting)}: at step {done} of {setting.steps}, went on from {from_step}"
 
@@ -295,6 +302,20 @@ class Trial:
         assert (self.checkpoints / "latest").read_text().strip() == names[-1], "latest is not the last"
         left = [path.name for path in self.checkpoints.iterdir() if ".step-" in path.name or ".tmp" in path.name]
         assert not left, f"left behind: {left}"
+
+
+def at_step(step: int, act: Callable[[], None]) -> None:
+    """In a run's process: have it `act` as it asks for the samples of a step (from 0)."""
+    from vlm.data.loader import TrainLoader
+
+    following = TrainLoader.__next__
+
+    def struck(loader: Any) -> Any:
+        if loader._step == step:
+            act()
+        return following(loader)
+
+    TrainLoader.__next__ = struck  # type: ignore[method-assign]
 
 
 def describe(setting: Setting) -> str:

@@ -174,14 +174,28 @@ def launch(command: Sequence[str], output: Path, extra: dict[str, str] | None = 
 
 
 def observe(path: Path, attempt: int) -> Inject:
-    """Have a process write down, in `path`, the keys of all samples that it really trains on, step by step.
+    """Have a process write down, in `path`, the keys of all samples that it really trains on, step by step; and beside
+    it, in saves.jsonl, of which step the state was copied to be saved.
 
-    Rows: {attempt, step (from 0), world, rank, keys}.
+    Rows: {attempt, step (from 0), world, rank, keys}; {attempt, step}.
     """
 
     def patch(rank: int) -> None:
         from vlm.data.loader import TrainLoader
+        from vlm.run import checkpoint, checkpoint_files
 
+        saving, copying, steps = checkpoint.Saver.save, checkpoint_files._copy, [0]
+
+        def begun(saver: Any, progress: Any, *rest: Any, **named: Any) -> Any:
+            steps[0] = progress.step
+            return saving(saver, progress, *rest, **named)
+
+        def copied(*arguments: Any, **named: Any) -> None:
+            copying(*arguments, **named)
+            if rank == 0:
+                append(path.with_name("saves.jsonl"), json.dumps({"attempt": attempt, "step": steps[0]}) + "\n")
+
+        checkpoint.Saver.save, checkpoint_files._copy = begun, copied  # type: ignore[method-assign]
         following = TrainLoader.__next__
 
         def noted(loader: Any) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import points
-from tests.faults.harness import Course, Setting, Trial, describe, kind
+from tests.faults.harness import Course, Setting, Trial, at_step, describe, kind
 from tests.faults.jobs import Inject
 
 STOPPED = (
@@ -35,17 +35,8 @@ def _at_step(step: int, act: Callable[[], None]) -> Inject:
     """Rank 0 does it as it asks for the samples of a step (from 0)."""
 
     def inject(rank: int) -> None:
-        from vlm.data.loader import TrainLoader
-
-        following = TrainLoader.__next__
-
-        def struck(loader: Any) -> Any:
-            if loader._step == step:
-                act()
-            return following(loader)
-
         if rank == 0:
-            TrainLoader.__next__ = struck  # type: ignore[method-assign]
+            at_step(step, act)
 
     return inject
 

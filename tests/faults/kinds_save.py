@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import points
-from tests.faults.harness import SAME, Setting, Trial, kind
+from tests.faults.harness import SAME, Setting, Trial, at_step, describe, kind
 
 MODULES = "vlm.run.checkpoint"
 # Points of saving -> the function of vlm.run.checkpoint* that is it, and whether rank 0 alone comes there.
@@ -86,20 +86,26 @@ for _point in POINTS:
 @kind("kill_anywhere", what="a rank, or all, is killed (SIGKILL) at a random moment of the run")
 def kill_anywhere(trial: Trial) -> str:
     setting = trial.draw()
-    moment, rank = trial.rng.uniform(0.05, 1.5), trial.rng.choice((None, *range(setting.world)))
+    step, delay = trial.rng.randrange(-1, setting.steps), trial.rng.uniform(0, 0.2)
+    rank = trial.rng.choice((None, *range(setting.world)))
 
     def inject(own: int) -> None:
         def end() -> None:
-            time.sleep(moment)
-            trial.strike(f"after {moment:.2f} s, {'all ranks' if rank is None else f'rank {rank}'}")
+            time.sleep(delay)
+            trial.strike(f"{delay:.2f} s after step {step + 1} began, {'all' if rank is None else f'rank {rank}'}")
             points.kill_self()
 
-        if rank in (None, own):
+        def act() -> None:
             threading.Thread(target=end, daemon=True).start()
+
+        if rank in (None, own) and step >= 0:
+            at_step(step, act)
+        elif rank in (None, own):  # as it starts
+            act()
 
     statuses = trial.start(setting, inject).wait(grace=trial.rng.choice((0.0, 0.3)))
     if not any(statuses):
-        return f"{_ended(trial, setting)}: it came to its end before {moment:.2f} s"
+        return f"{describe(setting)}: it had ended before; {_ended(trial, setting)}"
     return f"{trial.struck()[0]}; {trial.survives(setting)}"
 
 
@@ -243,12 +249,12 @@ def read_only(trial: Trial) -> str:
 def torn_write(trial: Trial) -> str:
     setting = trial.draw()
     rank, save = trial.rng.randrange(setting.world), trial.rng.randrange(1, setting.steps // setting.every + 1)
-    share = trial.rng.random()
+    share, call = trial.rng.random(), trial.rng.randrange(1, 9)
 
     def inject(own: int) -> None:
         if own != rank:
             return
-        countdown = _armed(save)
+        countdown = _armed(save, call)
 
         def make(usual: Callable[..., Any]) -> Callable[..., Any]:
             def torn(descriptor: int, data: Any, *rest: Any) -> int:

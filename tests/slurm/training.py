@@ -9,11 +9,11 @@ from typing import Any
 
 from tests.slurm_cluster import Cluster, until
 
-STEPS = 150
+STEPS = 100
 # A rate that does not change, so that runs of other lengths begin alike; no mixing, which depends on who has a sample.
 RECIPE = (
     *("vit_llama.debug", "optim.warmup_steps=0", "optim.lr=1e-3", "optim.min_lr=1e-3", "data.workers=0"),
-    *("log_every=1", "eval.at_end=false", "checkpoint_every=50", f"steps={STEPS}"),
+    *("log_every=1", "eval.at_end=false", "checkpoint_every=25", f"steps={STEPS}"),
 )
 ONE_A_NODE = ("--ntasks-per-node=1", "--cpus-per-task=1", "--gres=gpu:1")
 
@@ -56,8 +56,18 @@ class Run:
         until(lambda: len(self.rows()) >= step, seconds, self.said)
 
     def restarted(self, times: int, seconds: float = 60) -> None:
-        """Wait until the job has been queued again this often."""
-        until(lambda: self.cluster.job(self.jobs[-1])["Restarts"] == str(times), seconds, self.said)
+        """Wait until the job has been queued again this often, and no process of it is left."""
+
+        def waits() -> bool:
+            about = self.cluster.job(self.jobs[-1])
+            return about["Restarts"] == str(times) and about["JobState"] != "COMPLETING"
+
+        until(waits, seconds, self.said)
+
+    def give(self, nodes: int) -> None:
+        """Other nodes for a job that waits. Slurm 22.05 keeps the number of cores that it once had: hence NumCPUs."""
+        changes = (f"NumNodes={nodes}-{nodes}", f"NumTasks={nodes}", f"NumCPUs={nodes}")
+        self.cluster.call("scontrol", "update", f"JobId={self.jobs[-1]}", *changes)
 
     def said(self) -> str:
         """All that its jobs printed."""

@@ -21,7 +21,7 @@ from vlm.data.workers import Loaded
 from vlm.distributed import alone
 from vlm.errors import HUNG
 from vlm.recipe import load
-from vlm.run import watchdog_timer
+from vlm.run import watchdog, watchdog_timer
 from vlm.run.watchdog import Watchdog, _differ
 from vlm.run.watchdog_report import Beat, Sight, Told, compose, from_plain, hangs, to_blame, to_plain, waits_for_ranks
 
@@ -144,6 +144,17 @@ def test_zero_watches_nothing(tmp_path):
         assert not model[0]._forward_hooks
     with pytest.raises(ValueError, match=r"hang_seconds is -1\.0; it must be a finite number from 0"):
         load("vit_llama.debug", ["hang_seconds=-1"])
+
+
+def test_a_watchdog_that_fails_ends_no_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(watchdog, "_LAST_RESORT", (0.5, 0.5))
+    with Watchdog(tmp_path, 0.5, alone()) as dog:
+        dog.loading(lambda: 1 / 0)
+        dog.phase("load")
+        dog._thread.join(timeout=20)
+        assert not dog._thread.is_alive()
+        time.sleep(2.0)  # this process would have ended by now
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_a_busy_process_that_says_nothing_has_not_stalled_in_some_phases():

@@ -159,12 +159,19 @@ class Watchdog:
             self._closed.set()
             self._thread.join()
             if self._post is not None:
-                self._post.close()
+                self._post.close(together=kind is None)
             self._last_resort.close()
 
     # What the threads do
 
     def _watch(self) -> None:
+        try:
+            self._keep_watch()
+        except Exception as error:  # a fault of ours, or no room for a thread: no reason to end a run that is well
+            self._last_resort.call_off()
+            _print(f"warning: rank {self._world.rank}: {error!r}: nobody watches this process any more\n")
+
+    def _keep_watch(self) -> None:
         signs, more, looked = self._all_signs, self._more_signs(), time.monotonic()
         while not self._closed.wait(self._tick):
             now = time.monotonic()

@@ -154,10 +154,20 @@ class Post(threading.Thread):
         if self._world.is_main:
             time.sleep(LINGER)
 
-    def close(self) -> None:
-        """Send no more."""
+    def close(self, together: bool) -> None:
+        """Send no more.
+
+        Args:
+            together: whether all ranks do so now; then rank 0 keeps the store until they have.
+        """
         self._closed.set()
         self.join(timeout=5.0)
+        if together and not self.is_alive():
+            with contextlib.suppress(Exception):  # the others are gone already
+                self._store.set(f"left/{self._world.rank}", "1")
+                if self._world.is_main:
+                    names = [f"left/{rank}" for rank in range(self._world.size)]
+                    self._store.wait(names, timedelta(seconds=LINGER))
 
     def run(self) -> None:
         while not self._closed.wait(self._tick if self._told is None else 0.05):

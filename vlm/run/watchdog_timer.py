@@ -67,10 +67,14 @@ class LastResort:
         faulthandler.cancel_dump_traceback_later()
         self._set(seconds)
 
-    def close(self) -> None:
-        """Call all off."""
+    def call_off(self) -> None:
+        """Neither, until `put_off` is called again."""
         faulthandler.cancel_dump_traceback_later()
         self._set(0.0)
+
+    def close(self) -> None:
+        """Call all off, and answer nobody any more."""
+        self.call_off()
         self._library.timer_delete(self._timer)
         faulthandler.unregister(SIGNAL)
         os.close(self.descriptor)

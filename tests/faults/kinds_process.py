@@ -16,9 +16,7 @@ PREEMPTED = (
     "all ranks end with status 85 and have saved at the next step's end: no step is made twice; weights and moments "
     "equal to the uninterrupted run to the bit; samples of every step equal, none lost or twice"
 )
-TOLD = (
-    "within 30 s of hang_seconds a report in RUN/hang names that rank, and the job ends with status 86; " + SAME
-)
+TOLD = "within 30 s of hang_seconds a report in RUN/hang names that rank, and the job ends with status 86; " + SAME
 PHASES = ("load", "collective", "forward", "backward", "optimizer", "log", "check", "save")
 HANG_SECONDS = 6.0
 
@@ -32,7 +30,9 @@ def _plain(setting: Setting) -> Setting:
     return replace(setting, overrides=Setting().overrides)
 
 
-def _draw_point(trial: Trial, setting: Setting, phases: tuple[str, ...] = PHASES, thread: bool = True) -> dict[str, Any]:
+def _draw_point(
+    trial: Trial, setting: Setting, phases: tuple[str, ...] = PHASES, thread: bool = True
+) -> dict[str, Any]:
     """A random phase of a random step, and for half of the trials some milliseconds later."""
     phase = trial.rng.choice(phases)
     times = {"save": setting.steps // setting.every, "collective": 2 * setting.steps, "build": 1, "report": 1}

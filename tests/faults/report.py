@@ -15,7 +15,8 @@ _NAMED = {SAME: "A", CHANGED: "B"}  # what most kinds check, said once above the
 
 
 def page(rows: Sequence[Row], kinds: Mapping[str, Kind]) -> str:
-    """The page, as Markdown."""
+    """The page, as Markdown. Of a trial that was run again, the last row counts."""
+    mended, rows = _mended(rows), list({(row.kind, row.seed): row for row in rows}.values())
     survived = sum(row.survived for row in rows)
     return "\n".join(
         [
@@ -31,15 +32,16 @@ def page(rows: Sequence[Row], kinds: Mapping[str, Kind]) -> str:
             f"- **B**: {CHANGED}.",
             "",
             "The samples are those that were really trained on, noted by each rank at each step, not those that",
-            "were planned. *At most one interval of work lost* is counted from the last step whose state was copied to be",
-            "saved: it is written in the background while training goes on, for another interval at most. A finished",
-            "checkpoint that the fault itself destroys costs its interval besides.",
+            "were planned. *At most one interval of work lost* is counted from the last step whose state was copied",
+            "to be saved: it is written in the background while training goes on, for another interval at most. A",
+            "finished checkpoint that the fault itself destroys costs its interval besides.",
             "",
             "| kind | runs | survived | what is injected | what is checked |",
             "|---|---:|---:|---|---|",
             *(_line(kind, [row for row in rows if row.kind == name]) for name, kind in sorted(kinds.items())),
             "",
             *_lost(rows),
+            *mended,
             "## Again, and more",
             "",
             "    make faults N=100                       # a hundred more, of all kinds in turn",
@@ -78,6 +80,18 @@ def _lost(rows: Sequence[Row]) -> list[str]:
         return []
     listed = [f"- `{row.kind}` seed {row.seed}, commit {row.commit[:12]}: {_first(row.detail)}" for row in lost]
     return ["## What did not survive", "", *listed, ""]
+
+
+def _mended(rows: Sequence[Row]) -> list[str]:
+    """Trials that did not survive at one commit and do at a later one."""
+    last = {(row.kind, row.seed): row for row in rows}
+    lost = {(row.kind, row.seed): row for row in rows if not row.survived and last[row.kind, row.seed].survived}
+    listed = [
+        f"- `{kind}` seed {seed}, commit {row.commit[:12]}: {_first(row.detail)}. Survives at "
+        f"{last[kind, seed].commit[:12]}."
+        for (kind, seed), row in lost.items()
+    ]
+    return ["## Found by a trial, mended, tried again", "", *listed, ""] if listed else []
 
 
 def _first(text: str) -> str:

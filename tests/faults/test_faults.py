@@ -80,6 +80,9 @@ def test_the_page_tells_what_was_lost() -> None:
     assert "1 of 2 trials of 2 kinds" in text
     assert "| `kill_rename` | 1 | 1 |" in text
     assert "- `torn_write` seed 4, commit a: latest is not the last" in text
+    text = report.page([*rows, Row("torn_write", 4, True, "", "b", 1)], kinds)
+    assert "2 of 2 trials" in text
+    assert "- `torn_write` seed 4, commit a: latest is not the last. Survives at b." in text
 
 
 def test_a_fault_strikes_before_within_and_after_a_call() -> None:

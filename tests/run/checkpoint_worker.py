@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -9,10 +10,11 @@ from safetensors.torch import load_file
 from zero_worker import GLOBAL_BATCH, LR, MICRO_BATCH, batch_of, data, recipe
 
 from vlm.data.loader import MicroBatch, plan_step
-from vlm.distributed import barrier, end, join
-from vlm.run import checkpoint, restore, zero_state
+from vlm.distributed import barrier, end, gather_objects, join
+from vlm.run import checkpoint, checkpoint_files, restore, zero_state
 from vlm.run.checkpoint import Progress, Saver
 from vlm.run.engine import Engine, derive
+from vlm.types import UserError
 
 
 def build(setting, world, folder=None):
@@ -89,10 +91,39 @@ def go_on(setting, root, world, until):
     return losses
 
 
+def refuse(how, root, world):
+    """Save while rank 1 cannot write ("full"), or does not come back from flushing ("stuck"): what each rank is told,
+    and after how many seconds. Training is still possible then."""
+    engine, _, material = build("2", world)
+    checkpoint.save(root, engine, Progress(step=1), {"recipe": {}}, keep=1, is_best=False)
+    saver = Saver(root, engine, keep=1, seconds=30 if how == "full" else 4)
+
+    def fails(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    if world.rank == 1 and how == "full":
+        checkpoint_files.os.pwrite = fails
+    elif world.rank == 1:
+        checkpoint_files._sync_file = lambda path: time.sleep(60)
+    began = time.monotonic()
+    saver.save(Progress(step=2), {"recipe": {}})
+    step(engine, 0, material)
+    try:
+        saver.wait()
+        told = None
+    except UserError as error:
+        told = str(error)
+    seconds = time.monotonic() - began
+    loss = step(engine, 1, material)
+    return gather_objects([told, seconds, loss > 0])
+
+
 def main(what, root, *arguments):
     world = join()
     if what == "write":
         result = write(arguments, Path(root), world)
+    elif what == "refuse":
+        result = refuse(arguments[0], Path(root), world)
     else:
         result = go_on(arguments[0], Path(root), world, int(arguments[1]))
     if world.is_main:

@@ -140,7 +140,9 @@ class Saver:
         """
         if self._job is not None:
             self._job.join(self._alive)
-            stop_together(self._job.problem(), self.engine.world.device)
+            problem, device = self._job.problem(), self.engine.world.device
+            stop_together(None if self._job.waits else problem, device)  # the rank that is stuck speaks first
+            stop_together(problem, device)
 
     def close(self) -> None:
         """No more is saved. Collective."""

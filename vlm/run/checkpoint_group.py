@@ -20,16 +20,24 @@ ValueT = TypeVar("ValueT")
 ResultT = TypeVar("ResultT")
 
 
+WAITING = "waiting for the other ranks"
+
+
+def grace(seconds: float) -> float:
+    """Seconds by which a rank that waits for another gives up later than the one that is stuck: that one speaks."""
+    return min(10.0, seconds / 2)
+
+
 class Group:
     """All ranks of a run (or this process alone: `world` None). Made collectively; used by one thread of each rank.
 
     Args:
-        seconds: how long ranks wait for each other.
+        seconds: how long a checkpoint may take; ranks wait for each other somewhat longer.
     """
 
     def __init__(self, world: World | None, seconds: float) -> None:
         self.rank, self.size = (world.rank, world.size) if world is not None else (0, 1)
-        self.limit = timedelta(seconds=seconds)
+        self.limit = timedelta(seconds=seconds + 2 * grace(seconds))
         self._group = dist.new_group(backend="gloo", timeout=self.limit) if self.size > 1 else None
         self.doing = ""
         """What this rank does at the moment."""
@@ -82,9 +90,6 @@ class Group:
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
-
-
-WAITING = "waiting for the other ranks"
 
 
 def _attempt(make: Callable[[], Any], rank: int) -> tuple[Any, str | None]:

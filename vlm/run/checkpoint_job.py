@@ -15,13 +15,12 @@ import numpy as np
 
 from vlm.files import replace_file, sync
 from vlm.run import checkpoint_files as files
-from vlm.run.checkpoint_group import WAITING, Group
+from vlm.run.checkpoint_group import WAITING, Group, grace
 from vlm.run.checkpoint_plan import OPTIMIZER, WEIGHTS, Plan, missing_message
 from vlm.types import UserError
 
 FORMAT = 2
 STATE = "state.json"
-_GRACE = 10.0  # seconds by which a rank that waits for another gives up later than the one that is stuck
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +61,11 @@ class Job:
         """Whether its thread is at it."""
         return self._thread.is_alive()
 
+    @property
+    def waits(self) -> bool:
+        """Whether its thread waits for those of other ranks."""
+        return self._thread.is_alive() and self._group.doing == WAITING
+
     def progress(self) -> tuple[str, int]:
         """What this rank does for it, and a number that grows as it gets on."""
         return self._group.doing, self._moved
@@ -72,7 +76,7 @@ class Job:
             return self._problem
         spent, doing = time.monotonic() - self._began, self._group.doing
         # The rank that is stuck speaks first, and all hear what it was at.
-        allowed = self._seconds + (min(_GRACE, self._seconds / 2) if doing == WAITING else 0.0)
+        allowed = self._seconds + (grace(self._seconds) if doing == WAITING else 0.0)
         if spent < allowed:
             return None
         return UserError(

@@ -29,6 +29,8 @@ def make_engine(world, stage, precision, offload=False):
         hardware["zero_optimization"] = {"stage": stage, "reduce_bucket_size": 1_000_000}  # no gigabytes to fill
     if offload:
         hardware["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            hardware["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if precision == "bf16":
         hardware["bf16"] = {"enabled": True}
     torch.manual_seed(0)

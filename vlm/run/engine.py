@@ -269,8 +269,27 @@ def _adam(groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True)
+        return _by_count(
+            DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True), optim
+        )
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=device.type == "cuda")
+
+
+def _by_count(adam: Any, optim: OptimConfig) -> Any:
+    """DeepSpeed's CPU Adam with bias corrections that depend on the count of steps alone.
+
+    It keeps powers of the betas and multiplies them on from step to step; where the count jumps, at a restart or a way
+    back, it computes them anew, and the last digits differ. Begun anew at each step it always computes them.
+    """
+    step = adam.step
+
+    def step_by_count(*arguments: Any, **options: Any) -> Any:
+        of_all = (optim.lr, *optim.betas, optim.eps, optim.weight_decay)  # each group's own are given at each update
+        adam.ds_opt_adam.create_adam(adam.opt_id, *of_all, adam.adam_w_mode, False)
+        return step(*arguments, **options)
+
+    adam.step = step_by_count
+    return adam
 
 
 @contextmanager

@@ -222,7 +222,8 @@ def not_finite(engine: Engine) -> list[str]:
 
 def _held(engine: Engine) -> list[tuple[str, Tensor]]:
     """Every tensor of numbers that this rank keeps from step to step."""
-    found = [(name, getattr(p, "ds_tensor", p).detach()) for name, p in engine.model.named_parameters()]
+    found = [(name, p.detach()) for name, p in engine.model.named_parameters()]  # under ZeRO-3 empty, or a whole copy
+    found += [(n, p.ds_tensor.detach()) for n, p in engine.model.named_parameters() if hasattr(p, "ds_tensor")]
     found += [(name, value.detach()) for name, value in engine.model.named_buffers()]
     for part in zero_state.fragments(engine, all_held=True):
         found += [(f"{part.name} ({_KINDS[kind]})", values) for kind, values in part.values.items()]

@@ -19,7 +19,7 @@ from tests.faults import faulty, jobs
 from tests.faults.harness import Setting, Trial
 from tests.faults.jobs import ROOT, Job
 
-SHARE = 1 / 3
+SHARE = 1 / 5
 """Of starts that are by the command line."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.models import small_video as s
+from vlm.config import to_dict
 from vlm.models.eva import Tower
 from vlm.models.freezing import choose, matching
 from vlm.models.system import System
 from vlm.models.trained import tensors_of
 from vlm.nn.mixed import adapt
+from vlm.run import checkpoint
 from vlm.types import UserError
 
 
@@ -201,6 +204,58 @@ def test_a_tower_has_a_graph_only_where_some_of_it_trains() -> None:
         torch.testing.assert_close(after[name], gradient, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         assert not model.tower(s.noise(1, 2, 3, s.SIDE, s.SIDE)).requires_grad
+
+
+def test_cost_is_that_of_what_trains() -> None:
+    """Weights that train cost a third of what is worked out more than frozen ones, a tower without a graph two less."""
+    model, batch = s.video_llama(), s.pixels((2, 3), s.rows((14, 17)))
+    before = model.cost(batch)
+    assert model.chosen_cost(batch) == before
+    choose(model, (), ("llm",))
+    after = model.chosen_cost(batch)
+    assert after.trained_flops == pytest.approx(before.trained_flops + before.frozen_flops)
+    assert after.frozen_flops == pytest.approx(0.0)
+    assert after.unlearned_flops == before.unlearned_flops > 0
+    choose(model, ("video_*", "llama_proj"), ("tower", "video_query_tokens"))
+    after = model.chosen_cost(batch)
+    assert after.unlearned_flops == 0
+    assert after.trained_flops < before.trained_flops + before.unlearned_flops
+    assert sum(after[1:]) == pytest.approx(sum(before[1:]))
+
+
+def stage_one(folder: Any, *unfreeze: str, gebc: bool = False) -> tuple[System, Any]:
+    """A model whose every trained tensor has moved, and its checkpoint."""
+    model: System = s.llmva() if gebc else s.video_llama()
+    choose(model, (), unfreeze)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
+    state = {"step": 1, "recipe": {"model": to_dict(model.config)}}
+    tensors = {name: value.detach().clone() for name, value in tensors_of(model).items()}
+    return model, checkpoint.write(folder, state, tensors, {}, model.frozen_hash())
+
+
+@pytest.mark.parametrize("gebc", [False, True])
+def test_stage_two_begins_with_what_stage_one_unfroze(tmp_path: Path, gebc: bool) -> None:
+    first, folder = stage_one(tmp_path, "llm.*.1.*norm*", gebc=gebc)
+    second = s.llmva(init_from=folder) if gebc else s.video_llama(init_from=folder)
+    assert second.carried
+    assert all(name.startswith("llm.") for name in second.carried)
+    for (name, p), q in zip(first.named_parameters(), second.parameters()):
+        assert torch.equal(p, q), name
+    choose(second, (), ("llm.*.1.*norm*", "llm.*.2.*norm*"))
+    assert not second.carried
+    for (name, p), q in zip(first.named_parameters(), second.parameters()):
+        assert torch.equal(p, q), name
+
+
+def test_another_system_takes_its_own_part_of_it(tmp_path: Path) -> None:
+    """LLMVA-GEBC from a stage of Video-LLaMA that trained some of a LLaMA that LLMVA does not have."""
+    first, folder = stage_one(tmp_path, "llm.model.norm")
+    second = s.llmva(init_from=folder)
+    assert torch.equal(second.video_query_tokens, first.get_parameter("video_query_tokens"))
+    assert not second.carried
 
 
 def test_what_cannot_be_kept_in_fp32_alone_is_refused() -> None:

@@ -231,5 +231,5 @@ def test_the_command_says_what_changes(shape_shards: Path, tmp_path: Path) -> No
     assert latest.name == "step-00000008"
     assert not torch.equal(values(latest)["head.weight"], kept)
     assert BASE in values(latest)
-    told = go("steps=8", "unfreeze=llama.layers.0.mpl", expect=2)
+    told = go("steps=8", "unfreeze=llama.layers.0.mpl", expect=1)  # torchrun's; the processes' own is 2
     assert "did you mean llama.layers.0.mlp" in told

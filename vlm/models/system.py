@@ -85,8 +85,30 @@ class System(nn.Module):
         raise UserError(f"{type(self).__name__} predicts no classes, so it cannot be evaluated; set eval to none")
 
     def cost(self, batch: Batch) -> Cost:
-        """What the forward pass over this batch costs."""
+        """What the forward pass over this batch costs, where what trains is what `trainable` names."""
         raise NotImplementedError
+
+    def chosen_cost(self, batch: Batch) -> Cost:
+        """`cost` with what a recipe froze or unfroze, each part's by its share of the weights of all matrices there."""
+        cost = self.cost(batch)
+        if self._chosen is None:
+            return cost
+        stopped, base, tower = (self._other_share(part) for part in ("", "base", "tower"))
+        trained = cost.trained_flops * (1 - stopped) + cost.frozen_flops * base + cost.unlearned_flops * tower
+        frozen = cost.trained_flops * stopped + cost.frozen_flops * (1 - base)
+        if tower:  # gradients go through what of it is frozen
+            return Cost(cost.tokens, trained, frozen + cost.unlearned_flops * (1 - tower))
+        return Cost(cost.tokens, trained, frozen, cost.unlearned_flops)
+
+    def _other_share(self, part: str) -> float:
+        """Of the weights of one part ("": what trains by nature, "base", or its "tower"), how many a recipe chose
+        otherwise."""
+        sizes = {True: 0, False: 0}
+        for name, parameter in self.named_parameters():
+            where = "" if self.trainable(name) else "tower" if name.startswith("tower.") else "base"
+            if where == part and len(getattr(parameter, "ds_shape", parameter.shape)) > 1:
+                sizes[self.trains(name) != self.trainable(name)] += getattr(parameter, "ds_numel", parameter.numel())
+        return sizes[True] / max(1, sizes[True] + sizes[False])
 
     def trainable(self, name: str) -> bool:
         """Whether the parameter of this name is one that this system trains, by its nature: the one predicate that

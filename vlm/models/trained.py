@@ -108,8 +108,7 @@ def start_from(model: System, folder: Path, shared: Sequence[str] = ()) -> None:
     manifest = _manifest(folder)
     tensors = read_state_dict(folder / WEIGHTS)
     check_file(folder / WEIGHTS, manifest)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    if shared and not tensors.keys() <= trained:
+    if shared and not tensors.keys() <= model.state_dict().keys():
         _put_shared(model, tensors, manifest, str(folder), tuple(shared))
     else:
         put(model, tensors, manifest, str(folder))

@@ -330,7 +330,7 @@ class VideoChatGpt(CausalSystem):
         learnt = sum(rows.targets.numel() for rows in batch.views.values())
         moved = 0.0
         for name, parameter in self.named_parameters():
-            if name.startswith("llm.") and parameter.ndim == 2 and self.trains(name) and name != _WORDS[0]:
+            if name.startswith("llm.") and parameter.ndim == 2 and self.trainable(name) and name != _WORDS[0]:
                 moved += 2.0 * parameter.numel() * (learnt if name == _WORDS[1] else cost.tokens)
         moved = min(moved, cost.frozen_flops)  # a narrowed last block costs less
         return cost._replace(trained_flops=cost.trained_flops + moved, frozen_flops=cost.frozen_flops - moved)

@@ -40,7 +40,7 @@ class Throughput:
         """tokens_per_s (over all ranks), tflops (this rank), peak_memory (bytes), mfu (None: peak unknown)."""
         tokens, flops = 0, 0.0
         for item in micro_batches:
-            cost = self._model.cost(item.batch)
+            cost = self._model.chosen_cost(item.batch)
             tokens += cost.tokens * item.weight
             flops += 3 * cost.trained_flops + 2 * cost.frozen_flops + cost.unlearned_flops
         return {

@@ -54,6 +54,7 @@ bench: env
 	.venv/bin/python bench/video_llama.py $(BENCH_ARGS)
 	.venv/bin/python bench/reencode.py $(BENCH_ARGS)
 	.venv/bin/python bench/features.py $(BENCH_ARGS)
+	.venv/bin/python bench/checkpoint.py $(BENCH_ARGS)
 
 faults: env
 	.venv/bin/python -m tests.faults --number $(N) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json $(JSON))

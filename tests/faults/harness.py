@@ -266,7 +266,9 @@ class Trial:
         """
         done, copied = self.steps_done(), self.last_copied()
         self.check_checkpoints(damaged)
-        self.run(setting, inject)
+        printed = self.run(setting, inject)
+        for name in damaged:
+            assert any("passed over" in line and name in line for line in printed.splitlines()), f"{name} was not told"
         from_step, cost = self.resumed_at(), setting.every * len(damaged)
         assert from_step >= copied - setting.every - cost, f"saving step {copied}, then back to {from_step}"
         assert from_step >= done - 2 * setting.every - cost, f"from step {done} back to {from_step}"

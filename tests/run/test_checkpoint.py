@@ -92,6 +92,17 @@ def test_what_was_just_written_stays_where_the_run_went_back_behind_a_damaged_on
     assert checkpoint.resolve(tmp_path).name == "step-00000250"
 
 
+def test_a_checkpoint_whose_manifest_is_gone_is_told(world, tmp_path):
+    engine = Engine(*make_engine(world), world)
+    whole = save(engine, tmp_path, 1)
+    damaged = save(engine, tmp_path, 2)
+    (damaged / "manifest.json").unlink()
+    found, passed_over = checkpoint.newest(tmp_path)
+    assert found == whole
+    assert len(passed_over) == 1
+    assert f"{damaged}/manifest.json" in passed_over[0]
+
+
 def test_a_damaged_step_that_is_made_again_is_replaced(world, tmp_path):
     engine = Engine(*make_engine(world), world)
     save(engine, tmp_path, 1)

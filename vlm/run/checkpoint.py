@@ -236,7 +236,7 @@ def newest(root: Path) -> tuple[Path, list[str]] | None:
         UserError: there are checkpoints, and none is intact.
     """
     passed_over: list[str] = []
-    for name in reversed(steps(root)):
+    for name in sorted((path.name for path in root.glob("step-*")), reverse=True):  # without a manifest, damaged too
         try:
             verify(root / name, (WEIGHTS, OPTIMIZER, STATE))
         except UserError as error:

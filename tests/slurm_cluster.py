@@ -120,14 +120,16 @@ class Cluster:
 
     def down(self) -> None:
         """End all jobs and daemons, and whatever process of theirs is left."""
-        with contextlib.suppress(subprocess.SubprocessError):
-            self.call("scancel", "--signal=KILL", "--user", str(os.getuid()))
-            until(lambda: not self.call("squeue", "--noheader"), 20, self.logs)
-        for name in list(reversed(self._daemons)):
-            self._end(name)
-        for process in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        try:
+            self.call("scancel", "--signal=KILL", "--full", "--user", str(os.getuid()), check=False)
+            self.call("scancel", "--user", str(os.getuid()), check=False)
+            until(lambda: not self.call("squeue", "--noheader", check=False), 20, self.logs)
+        finally:
+            for name in list(reversed(self._daemons)):
+                self._end(name)
+            for process in self._processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
 
     def _start(self, name: str, *options: str, node: str = "") -> None:
         program = shutil.which(name, path=self.environment["PATH"])
@@ -207,13 +209,21 @@ class Cluster:
     def processes(self, **variables: str) -> list[int]:
         """Processes of this machine that a job of this cluster has started, with these variables."""
         wanted = {f"{name}={text}".encode() for name, text in variables.items()}
-        wanted.add(f"SLURM_CONF={self.folder / 'slurm.conf'}".encode())
-        found = []
+        found = self._processes().items()
+        return [
+            number
+            for number, given in found
+            if wanted <= given and any(text.startswith(b"SLURM_JOB_ID=") for text in given)
+        ]
+
+    def _processes(self) -> dict[int, set[bytes]]:
+        """{number: variables} of what belongs to this cluster, daemons too."""
+        own, found = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode(), {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 given = set((folder / "environ").read_bytes().split(b"\0"))
-                if wanted <= given and any(text.startswith(b"SLURM_JOB_ID=") for text in given):
-                    found.append(int(folder.name))
+                if own in given:
+                    found[int(folder.name)] = given
         return found
 
     def logs(self) -> str:

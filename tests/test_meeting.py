@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from tests import hosts
 from tests.hosts import Host
 from vlm import meeting, rendezvous
-from vlm.errors import HUNG, UserError
+from vlm.errors import HUNG, NoRendezvous, UserError
 from vlm.meeting import _choose_interface, _ranges, open_meeting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +130,23 @@ def test_a_first_sum_that_fails_is_told_by_who_has_the_fault_and_who_waits() -> 
     assert "by interface GLOO_SOCKET_IFNAME=nosuch0: " in fault
     assert "Unable to find address for: nosuch0" in fault
     assert "by interface that the library chose: rank 0-1 did not connect with the others" in waits
+
+
+def test_nodes_of_a_step_that_nobody_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tasks on each of three nodes; one of b1 and all of b3 stay away."""
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "b[1-3]")
+    monkeypatch.setenv("SLURMD_NODENAME", "b1")
+    store = dist.HashStore()
+    for rank, node in ((2, "b1"), (3, "b2"), (4, "b2"), (5, "b2")):
+        about = {"host": "x", "network": node, "address": "10.0.0.9", "node": node}
+        store.set(f"here/{rank}", json.dumps(about))
+    first = meeting.Meeting(0, 9, "127.0.0.1", 1, 0.5, "slurm", False)
+    with pytest.raises(NoRendezvous) as told:
+        meeting._roll_call(first, store, None)
+    assert "of 9 processes, rank 1, 6-8 did not come to" in str(told.value)
+    assert "within 0.5 s (came: b1: 0, 2; b2: 3-5); nobody from b3. Mend:" in str(told.value)
+    with pytest.raises(NoRendezvous, match="nobody from b3"):  # the others are told the same
+        meeting._roll_call(replace(first, rank=2), store, rendezvous.Way("10.0.0.9", "10.0.0.1"))
 
 
 def test_a_wrong_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

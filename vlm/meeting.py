@@ -8,13 +8,14 @@ which host it is.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -201,7 +202,7 @@ def _roll_call(meeting: Meeting, store: dist.Store, way: rendezvous.Way | None) 
         except RuntimeError as error:
             raise NoRendezvous(
                 f"{meeting.who}: reached MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port}, but rank 0 did not "
-                f"come there within {meeting.seconds:.0f} s. Mend: look for the message of rank 0 or of its host; "
+                f"come there within {meeting.seconds:g} s. Mend: look for the message of rank 0 or of its host; "
                 f"{rendezvous.LIMIT}=N waits longer"
             ) from error
         found = json.loads(store.get("called"))
@@ -231,6 +232,7 @@ def _call(meeting: Meeting, store: dist.Store) -> dict[str, Any]:
         "hosts": hosts,
         "networks": len({about["network"] for about in told.values()}),
         "first": first,
+        "silent": _silent_nodes(hosts) if missing else [],
         "doubt": _doubt(meeting) if missing and not meeting.is_served else "",
         "other": others[0] if others else None,
     }
@@ -238,12 +240,20 @@ def _call(meeting: Meeting, store: dist.Store) -> dict[str, Any]:
 
 def _absent(meeting: Meeting, found: dict[str, Any]) -> str:
     came = "; ".join(f"{host}: {_ranges(ranks)}" for host, ranks in found["hosts"].items())
+    silent = f"; nobody from {', '.join(found['silent'])}" if found["silent"] else ""
     return (
         f"{meeting.who}: of {meeting.size} processes, rank {_ranges(found['missing'])} did not come to "
-        f"MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port} within {meeting.seconds:.0f} s (came: {came})"
-        f"{found['doubt']}. Mend: look for their own messages, and at hosts that are not named here; all must be "
+        f"MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port} within {meeting.seconds:g} s (came: {came})"
+        f"{silent}{found['doubt']}. Mend: look for their own messages, and at hosts that are not named; all must be "
         f"started with the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT; {rendezvous.LIMIT}=N waits longer"
     )
+
+
+def _silent_nodes(came: Container[str]) -> list[str]:
+    """Nodes of this Slurm step that no process came from; the first ten."""
+    nodelist = os.environ.get("SLURM_STEP_NODELIST")
+    silent = (node for node in rendezvous.hostnames(nodelist) if node not in came) if nodelist else ()
+    return list(itertools.islice(silent, 10))
 
 
 def _doubt(meeting: Meeting) -> str:
@@ -331,7 +341,7 @@ def _failed_sum(meeting: Meeting, reason: str) -> str:
     used = {name: os.environ[name] for name in _INTERFACES if name in os.environ}
     return (
         f"{meeting.who}: reached MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port}, and all {meeting.size} "
-        f"processes came, but a first sum over them failed after at most {meeting.seconds:.0f} s, by interface "
+        f"processes came, but a first sum over them failed after at most {meeting.seconds:g} s, by interface "
         f"{' '.join(f'{name}={value}' for name, value in used.items()) or 'that the library chose'}: {reason}. "
         f"Mend: open the ports between the hosts, or export {' and '.join(_INTERFACES)}=NAME of an interface that "
         f"leads from each to all others (ip addr); {rendezvous.LIMIT}=N waits longer"

@@ -25,13 +25,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
 from vlm.distributed import stop_together
 from vlm.run import checkpoint_files, zero_state
-from vlm.run.checkpoint_files import MANIFEST, remove_unfinished, steps
+from vlm.run.checkpoint_files import MANIFEST, remove_unfinished
+from vlm.run.checkpoint_files import steps as steps  # told under this name too
 from vlm.run.checkpoint_group import Group
 from vlm.run.checkpoint_job import FORMAT, STATE, Facts, Job
 from vlm.run.checkpoint_plan import OPTIMIZER, WEIGHTS, Plan, Source, describe, sources, whole_tensors
@@ -57,6 +59,9 @@ class Progress:
 
 class Saver:
     """Writes the checkpoints of a run. `save` returns as soon as the state is copied; `wait` when it is on disk.
+
+    With `with`, an error that all ranks have together (UserError, FloatingPointError) leaves what is being written the
+    time to come to the disk.
 
     Args:
         root: the run's checkpoint folder.
@@ -85,6 +90,15 @@ class Saver:
         self._plan = self._planned(describe(engine), sources(engine))
         if engine.world.is_main:
             remove_unfinished(root)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(value, (UserError, FloatingPointError)) and self._job is not None:
+            self._job.join(self._alive)
 
     def save(self, progress: Progress, about: dict[str, Any], *, is_best: bool = False) -> Path:
         """Begin to write a checkpoint; its folder. Collective. `progress` and `about` may change afterwards.

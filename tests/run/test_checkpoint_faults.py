@@ -109,6 +109,17 @@ def test_a_save_that_comes_too_early_waits_and_says_so(engine, saver, monkeypatc
     assert re.fullmatch(r"step-00000002 waited \d+\.\d s for step-00000001, which was still being written", *saver.said)
 
 
+@pytest.mark.parametrize("error", [UserError, FloatingPointError])
+def test_a_run_that_ends_with_an_error_finishes_what_it_began_to_save(saver, monkeypatch, error):
+    gate = Gate(checkpoint_files._write_fragments)
+    monkeypatch.setattr(checkpoint_files, "_write_fragments", gate)
+    with pytest.raises(error, match="the data is gone"), saver:
+        folder = saver.save(Progress(step=1), {"recipe": {}})
+        threading.Timer(0.3, gate.open.set).start()
+        raise error("the data is gone")
+    checkpoint.verify(folder)
+
+
 def test_host_memory_is_used_again(engine, saver):
     memory = saver._plan.memory.data_ptr()
     save(saver, 1)

@@ -96,7 +96,8 @@ def _train(launch: Launch, stream: Stream, stop: Stop, watchdog: Watchdog) -> No
 
     guard = Guard(recipe, engine, state.get("guard"), progress.step, log.say)
     try:
-        _train_steps(recipe, engine, stream, progress, total_steps, log, stop, guard)
+        with _open_saver(recipe, engine, log) as saver:
+            _train_steps(recipe, engine, stream, progress, total_steps, log, stop, guard, saver)
     except Preempted:
         record.note_stop(launch, about, progress.step, stop.asked or "a signal to another process")
         raise
@@ -119,6 +120,7 @@ def _train_steps(
     log: RunLog,
     stop: Stop,
     guard: Guard,
+    saver: Saver,
 ) -> None:
     """The training loop: one pass is one optimizer step."""
     world, heart = engine.world, engine.heart
@@ -127,9 +129,6 @@ def _train_steps(
     learning_rate = schedule_of(recipe, len(stream), total_steps)
     throughput = Throughput(engine.model, world)
     audit = Audit(engine, recipe.audit_steps, log.say)
-    folder, seconds = recipe.run_dir / "checkpoints", recipe.checkpoint_seconds
-    waits = partial(heart.phase, "save")
-    saver = Saver(folder, engine, keep=recipe.checkpoint_keep, seconds=seconds, say=log.say, alive=waits)
     saved_at = progress.step
     stop.waits, stopping = True, False
 
@@ -190,6 +189,18 @@ def _train_steps(
     if stopping:
         raise Preempted(f"{stop.asked or 'a signal to another rank'} came; saved at step {progress.step}")
     audit.finish()
+
+
+def _open_saver(recipe: Recipe, engine: Engine, log: RunLog) -> Saver:
+    """What writes the run's checkpoints."""
+    return Saver(
+        recipe.run_dir / "checkpoints",
+        engine,
+        keep=recipe.checkpoint_keep,
+        seconds=recipe.checkpoint_seconds,
+        say=log.say,
+        alive=partial(engine.heart.phase, "save"),
+    )
 
 
 def _open_loader(recipe: Recipe, engine: Engine, stream: Stream, start_step: int, stop_step: int) -> TrainLoader:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from vlm.config import describe, differences, override, to_dict
+from vlm.config import describe, differences, override, parse, to_dict
 from vlm.types import UserError
 
 
@@ -49,6 +49,14 @@ def test_overrides_reach_every_kind_of_field():
     )  # fmt: skip
     assert override(changed, ["steps=none"]).steps is None
     assert Outer().inner.depth == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("a,b", ("a", "b")), ("(a,b)", ("a", "b")), ("[a]", ("a",)), ("()", ()), ("", ()), ("a,b.[01]", ("a", "b.[01]"))],
+)
+def test_brackets_around_a_list_go_and_those_of_a_pattern_stay(text, names):
+    assert parse(text, tuple[str, ...], "x") == names
 
 
 @pytest.mark.parametrize(

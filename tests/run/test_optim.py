@@ -51,6 +51,16 @@ def test_without_layer_decay_there_are_two_groups() -> None:
     assert [(g["lr_scale"], g["weight_decay"]) for g in groups] == [(1.0, 0.1), (1.0, 0.0)]
 
 
+def test_what_has_moments_of_other_ages_is_in_groups_of_its_own() -> None:
+    model = make()
+    ages = {name: 5 if name.startswith("head.") else 7 for name, p in model.named_parameters() if p.requires_grad}
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, adam_steps=ages)
+    assert sorted(sorted({ages[name] for name in group["names"]}) for group in groups) == [[5], [5], [7], [7]]
+    same = parameter_groups(model, lr=1.0, weight_decay=0.1, adam_steps=dict.fromkeys(ages, 5))
+    alone = parameter_groups(model, lr=1.0, weight_decay=0.1)
+    assert [group["names"] for group in same] == [group["names"] for group in alone]
+
+
 def test_layer_decay_needs_layers() -> None:
     model = VideoMAEConfig(
         dim=24, depth=1, heads=2, decoder_dim=12, decoder_depth=1, decoder_heads=2, image_size=16, patch_size=8

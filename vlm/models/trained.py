@@ -77,7 +77,7 @@ def _check_base(model: System, manifest: Mapping[str, Any], held: Collection[str
     if model.frozen_fits(manifest["frozen_hash"]):
         return
     stated, which = manifest.get("frozen"), ""
-    if stated:
+    if stated and model.frozen_hashes():
         differing = model.frozen_misfits(stated, held)
         if not differing:
             return

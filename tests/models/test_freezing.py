@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +265,24 @@ def test_what_cannot_be_kept_in_fp32_alone_is_refused() -> None:
         choose(model, (), ("tower",))
 
 
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_what_is_quantised_cannot_train(bits: Any) -> None:
-    pytest.importorskip("bitsandbytes")
-    model = s.video_llama(llama=s.llama(quantise=bits))
-    with pytest.raises(
-        UserError, match=r"unfreeze: llm\.model\.layers\.0\.self_attn\.q_proj\.weight is stored in 8 or"
-    ):
-        choose(model, (), ("llm",))
-    choose(model, (), ("llm.lm_head", "*layernorm*"))  # what is not, can
-    assert "llm.model.layers.0.input_layernorm.weight" in trained(model)
+def test_what_is_stored_in_few_bits_cannot_train() -> None:
+    model = Small()
+    few = torch.zeros(4, 4, dtype=torch.int8)
+    model.base["high"].weight = nn.Parameter(few, requires_grad=False)
+    with pytest.raises(UserError, match=r"unfreeze: base\.high\.weight is stored in 8 or 4 bits .*quantise=none"):
+        choose(model, (), ("base",))
+    assert trained(model) == {"head.weight", "head.bias"}
+    choose(model, (), ("base.low",))
+
+
+if find_spec("bitsandbytes") is not None:
+
+    @pytest.mark.parametrize("bits", ["8bit", "4bit"])
+    def test_what_is_quantised_cannot_train(bits: Any) -> None:
+        model = s.video_llama(llama=s.llama(quantise=bits))
+        with pytest.raises(
+            UserError, match=r"unfreeze: llm\.model\.layers\.0\.self_attn\.q_proj\.weight is stored in 8 or"
+        ):
+            choose(model, (), ("llm",))
+        choose(model, (), ("llm.lm_head", "*layernorm*"))  # what is not, can
+        assert "llm.model.layers.0.input_layernorm.weight" in trained(model)

@@ -126,6 +126,8 @@ def _try(workshop, kind, seed: int, commit: str, keep: bool):  # type: ignore[no
         detail = f"{type(error).__name__}: {error}"
         if not isinstance(error, AssertionError):
             traceback.print_exc()
+    finally:
+        trial.end()
     if survived or not keep:
         shutil.rmtree(folder, ignore_errors=True)
     else:

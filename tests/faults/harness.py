@@ -23,9 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tests.faults import jobs
+from tests.faults.courses import Course, loaded_of, rows_of
 from tests.faults.jobs import ROOT, Inject, Job
 
 SAME = (
@@ -53,17 +52,6 @@ class Setting:
     shards: Path | None = None
     """Training shards; None: the workshop's 32 clips of moving shapes."""
     overrides: tuple[str, ...] = ("model.drop_path=0.2",)
-
-
-@dataclass(frozen=True, slots=True)
-class Course:
-    """What a run that came to its end left behind."""
-
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    state: dict[str, Any]
-    rows: list[dict[str, Any]]  # metrics.jsonl
-    loaded: dict[int, list[str]]  # step (from 0) -> keys that it really trained on, in order of ranks
 
 
 class Workshop:
@@ -123,6 +111,7 @@ class Trial:
     rng: random.Random = field(init=False)
     attempts: int = 0
     """Runs started so far."""
+    started: list[Job] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.kind}/{self.seed}")
@@ -180,13 +169,21 @@ class Trial:
             if setting.workers:
                 jobs.warm_nursery(rank)
 
-        return jobs.fork(self.arguments(setting), setting.world, self.folder / f"out-{self.attempts}", before)
+        output = self.folder / f"out-{self.attempts}"
+        self.started.append(jobs.fork(self.arguments(setting), setting.world, output, before))
+        return self.started[-1]
 
     def launch(self, command: Sequence[str], extra: dict[str, str] | None = None) -> Job:
         """Start a command line instead. It has to call `jobs.observe(trial.loaded_file, trial.attempts)(rank)` itself
         (`attempts` as it is once this has returned, so one more than before)."""
         self.attempts += 1
-        return jobs.launch(command, self.folder / f"out-{self.attempts}", extra)
+        self.started.append(jobs.launch(command, self.folder / f"out-{self.attempts}", extra))
+        return self.started[-1]
+
+    def end(self) -> None:
+        """Nothing that this trial started is left running."""
+        for job in self.started:
+            job.kill()
 
     def run(self, setting: Setting, inject: Inject | None = None, expect: int | None = 0) -> str:
         """`start` and wait for the end; what was printed. AssertionError: a rank ended by itself with another status
@@ -218,7 +215,7 @@ class Trial:
 
     def steps_done(self) -> int:
         """The last step in metrics.jsonl."""
-        return max((row["step"] for row in _rows(self.run_dir)), default=0)
+        return max((row["step"] for row in rows_of(self.run_dir)), default=0)
 
     def last_copied(self) -> int:
         """The last step whose state a run began to save (0: none)."""
@@ -233,7 +230,7 @@ class Trial:
         folder = self.checkpoints / (self.checkpoints / "latest").read_text().strip()
         state = json.loads((folder / "state.json").read_text())
         weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer"))
-        return Course(weights, moments, state, _rows(self.run_dir), _loaded(self.loaded_file))
+        return Course(weights, moments, state, rows_of(self.run_dir), loaded_of(self.loaded_file))
 
     def check_checkpoints(self, damaged: Sequence[str] = ()) -> list[str]:
         """Names of the complete checkpoints; AssertionError where one, other than the `damaged`, cannot be read."""
@@ -324,31 +321,6 @@ def describe(setting: Setting) -> str:
     """A setting in words."""
     processes = f"{setting.world} process{'es' if setting.world > 1 else ''}"
     return f"{processes}, ZeRO {setting.stage}, {'bf16' if setting.bf16 else 'fp32'}"
-
-
-def _rows(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without a half-written last line."""
-    path, rows = run_dir / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _loaded(path: Path) -> dict[int, list[str]]:
-    """What counts of the notes of `jobs.observe`: of each step, the last attempt."""
-    attempts: dict[int, dict[int, dict[int, Any]]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        attempts.setdefault(row["step"], {}).setdefault(row["attempt"], {})[row["rank"]] = row
-    loaded = {}
-    for step, tried in sorted(attempts.items()):
-        ranks = tried[max(tried)]
-        assert len(ranks) == ranks[0]["world"], f"step {step}: only ranks {sorted(ranks)} had samples"
-        loaded[step] = [key for rank in sorted(ranks) for key in ranks[rank]["keys"]]
-    return loaded
 
 
 # Kinds ---------------------------------------------------------------------------------------------------------------

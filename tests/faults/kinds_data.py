@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import points
-from tests.faults.harness import Course, Setting, Trial, at_step, describe, kind
+from tests.faults.courses import Course
+from tests.faults.harness import Setting, Trial, at_step, describe, kind
 from tests.faults.jobs import Inject
 
 STOPPED = (

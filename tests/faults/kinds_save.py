@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -194,9 +195,12 @@ def _mount(*arguments: str) -> None:
 @functools.cache
 def _may_mount() -> bool:
     """Whether this process may mount file systems (root outside most containers)."""
-    return (
-        not os.geteuid() and not subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with _small_disk(Path(folder) / "disk", 1 << 20):
+                return True
+        except (OSError, subprocess.CalledProcessError):
+            return False
 
 
 def _checkpoint_bytes(trial: Trial, setting: Setting) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import jobs, ledger, points, report
-from tests.faults.harness import KINDS, Course, Setting, Trial, Workshop, load_kinds
+from tests.faults.courses import Course, loaded_of
+from tests.faults.harness import KINDS, Setting, Trial, Workshop, load_kinds
 from tests.faults.jobs import ROOT
 from tests.faults.ledger import Row
 
@@ -167,8 +168,6 @@ def test_whatever_differs_is_found(spoil, said: str, tmp_path: Path, monkeypatch
 
 
 def test_the_last_attempt_at_a_step_counts_and_all_its_ranks(tmp_path: Path) -> None:
-    from tests.faults.harness import _loaded
-
     rows = [
         *({"attempt": 1, "step": 0, "world": 2, "rank": rank, "keys": [f"first{rank}"]} for rank in (1, 0)),
         *({"attempt": 1, "step": 1, "world": 2, "rank": rank, "keys": [f"lost{rank}"]} for rank in (0,)),
@@ -176,10 +175,10 @@ def test_the_last_attempt_at_a_step_counts_and_all_its_ranks(tmp_path: Path) -> 
     ]
     path = tmp_path / "loaded.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert _loaded(path) == {0: ["first0", "first1"], 1: ["again0", "again1"]}
+    assert loaded_of(path) == {0: ["first0", "first1"], 1: ["again0", "again1"]}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     with pytest.raises(AssertionError, match="only ranks"):
-        _loaded(path)
+        loaded_of(path)
 
 
 def test_a_trial_is_drawn_by_its_seed_alone(tmp_path: Path) -> None:

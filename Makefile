@@ -27,7 +27,7 @@ help:
 	@echo "make demo         render a corpus, train, evaluate, report (SYSTEM=vit_llama, vamos, vico, video_llama, video_chatgpt)"
 	@echo "make test         lint and the fast tests"
 	@echo "make test-slow    the rest: the demo for real, kill and resume, offload, a Slurm cluster on this machine"
-	@echo "make bench        our training, scoring and loading against others' ways; clips encoded again (BENCH_ARGS='--quick --json FILE')"
+	@echo "make bench        our training, scoring and loading against others' ways; clips encoded again; what a checkpoint costs (BENCH_ARGS='--quick --json FILE')"
 	@echo "make faults N=20  that many faults injected into runs, each to be survived (SEED=7 repeats them, JSON=FILE takes the rows)"
 	@echo "make lint         ruff and mypy"
 

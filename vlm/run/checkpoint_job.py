@@ -132,7 +132,7 @@ class Job:
     def _begin(self, held: list[np.ndarray | None]) -> Path:
         """Rank 0: all is there, and there is where to write."""
         known = [intervals for intervals in held if intervals is not None]
-        missing = self._plan.missing(known) if known else []
+        missing = self._plan.missing(known) if len(known) == len(held) else []
         if missing:
             raise UserError(missing_message(self.final, missing))
         root = self.final.parent

@@ -19,18 +19,18 @@ in_tasks() {
 #                         before it could save. Queued again VLM_MAX_REQUEUES times (10), counted in the job's comment.
 # What was cancelled, or failed in another way, is not.
 supervise() {
-    local said errors copier running status _
+    local said errors copier running='' status _
+    trap 'echo "slurm: told to stop"; [[ -z $running ]] || kill -USR1 "$running" 2>/dev/null || true' USR1 TERM
     said=$(mktemp)
     exec {errors}> >(exec tee "$said" >&2)
     copier=$!
     "$@" 2>&"$errors" {errors}>&- &
     running=$!
     exec {errors}>&-
-    trap 'echo "slurm: told to stop"; kill -USR1 "$running" 2>/dev/null || true' USR1 TERM
-    while true; do # a signal that comes ends `wait`, not the command
-        wait "$running" && status=0 || status=$?
-        kill -0 "$running" 2>/dev/null || break
+    while kill -0 "$running" 2>/dev/null; do # a signal that comes ends `wait`, not the command
+        wait "$running" || true
     done
+    wait "$running" && status=0 || status=$?
     for _ in {1..50}; do # until all that was said is in the file
         kill -0 "$copier" 2>/dev/null || break
         sleep 0.1

@@ -243,3 +243,43 @@ def test_a_task_a_gpu_and_nothing_lost_in_a_requeue(job: str) -> None:
     assert {"requeue", "open-mode"} <= options.keys()
     assert options["signal"] == "B:USR1@120", "told ahead of the time limit, the job's shell alone"
     assert len(lines) < 32, "thin: what jobs share is in env.sh"
+
+
+SBATCH = """#!/usr/bin/env bash
+printf '%s|' "$@" >> calls
+echo >> calls
+[[ " $* " == *"/$REFUSES.sbatch "* ]] && exit 1
+echo "$(wc -l < calls);cluster"
+"""
+
+
+def chain(place: Path, *arguments: str, refuses: str = "none") -> subprocess.CompletedProcess[str]:
+    """slurm/chain.sh; the plan, an sbatch that may refuse a job, and scancel are scripts."""
+    plan = "#!/usr/bin/env bash\necho \"$*\" > asked\nprintf 'A\\nrun_dir=a b\\n\\nB\\n\\nB\\n--checkpoint=c\\n\\n'\n"
+    scancel = '#!/usr/bin/env bash\necho "scancel $*" >> calls\n'
+    for name, content in ((".venv/bin/python", plan), ("bin/sbatch", SBATCH), ("bin/scancel", scancel)):
+        (place / name).write_text(content)
+        (place / name).chmod(0o755)
+    variables = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "REFUSES": refuses}
+    command = ["bash", str(place / "slurm" / "chain.sh"), *arguments]
+    return subprocess.run(command, env=variables, cwd="/", capture_output=True, text=True, timeout=60)
+
+
+def test_a_chain_of_three_jobs(place: Path) -> None:
+    done = chain(place, "--nodes=2", "--partition=x", "A", "run_dir=a b", "B")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "pretrain 1\nfinetune 2\nevaluate 3\n"
+    assert (place / "asked").read_text() == "-m vlm.run.chain A run_dir=a b B\n"
+    after = "--parsable|--nodes=2|--partition=x|--dependency=afterok:{}|--kill-on-invalid-dep=yes|"
+    assert (place / "calls").read_text().splitlines() == [
+        "--parsable|--nodes=2|--partition=x|slurm/pretrain.sbatch|A|run_dir=a b|",
+        f"{after.format(1)}slurm/finetune.sbatch|B|",
+        f"{after.format(2)}slurm/evaluate.sbatch|B|--checkpoint=c|",
+    ]
+
+
+def test_of_a_chain_that_is_not_accepted_nothing_is_left(place: Path) -> None:
+    done = chain(place, refuses="evaluate")
+    assert done.returncode == 1
+    assert "sbatch did not accept slurm/evaluate.sbatch; no job of the chain is left" in done.stderr
+    assert (place / "calls").read_text().splitlines()[-1] == "scancel 1 2"

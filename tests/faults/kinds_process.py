@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from tests.faults import torchrun
+from tests.faults import points, torchrun
 from tests.faults.harness import SAME, Setting, Trial, describe, kind
 from tests.faults.jobs import Job
 
@@ -17,6 +17,10 @@ PREEMPTED = (
     "equal to the uninterrupted run to the bit; samples of every step equal, none lost or twice"
 )
 TOLD = "within 30 s of hang_seconds a report in RUN/hang names that rank, and the job ends with status 86; " + SAME
+STUCK = (
+    "within 30 s of checkpoint_seconds the run ends with status 2 and says which rank is at what; what was saved "
+    "before is intact; " + SAME
+)
 PHASES = ("load", "collective", "forward", "backward", "optimizer", "log", "check", "save")
 HANG_SECONDS = 6.0
 
@@ -186,6 +190,31 @@ def stall(trial: Trial) -> str:
 @kind("gil_lock", what="native code on a rank keeps the interpreter's lock for ever", checked=TOLD, process=True)
 def gil_lock(trial: Trial) -> str:
     return _hangs(trial, "locks the interpreter", act="lock")
+
+
+@kind("stuck_save", what="the file system never answers one rank's fsync of a checkpoint", checked=STUCK)
+def stuck_save(trial: Trial) -> str:
+    limit, setting = 4.0, trial.draw(worlds=(1, 2, 2))
+    setting = replace(setting, overrides=(*setting.overrides, f"checkpoint_seconds={limit}"))
+    rank, save = trial.rng.randrange(setting.world), trial.rng.randrange(1, setting.steps // setting.every + 1)
+
+    def inject(own: int) -> None:
+        if own == rank:
+            due = points.Countdown(0, 2 * save - trial.rng.randrange(2)).due  # two files a save
+
+            def act() -> None:
+                trial.strike(f"fsync of save {save} on rank {rank}")
+                time.sleep(1000)
+
+            points.strike_at("vlm.run.checkpoint", "_sync_file", "before", 1, due, act)
+
+    printed = trial.run(setting, inject, expect=2)
+    took = time.time() - (trial.folder / "struck").stat().st_mtime
+    assert took < limit + 30, f"told after {took:.0f} s"
+    said = f"rank {rank} is still at this: flushing"
+    assert said in printed, printed[-1500:]
+    text = trial.survives(setting, reference=trial.workshop.reference(_plain(setting)))
+    return f"{trial.struck()[0]}, told after {took:.0f} s; {text}"
 
 
 @kind("slow_rank", what="one rank is slow: a step of it takes longer than hang_seconds, but goes on",

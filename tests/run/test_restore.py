@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,14 @@ def state(folder: Path) -> dict:
     return json.loads((folder / "state.json").read_text())
 
 
-@pytest.mark.parametrize("forms", [("0", "2"), ("2", "3"), ("3", "0"), ("2_bf16", "0_bf16"), ("0", "0")])
+def slow(*forms: str) -> Any:
+    """A pair of engines that is tried in the slow tier."""
+    return pytest.param(forms, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "forms", [("0", "2"), *(slow(*forms) for forms in (("2", "3"), ("3", "0"), ("2_bf16", "0_bf16"), ("0", "0")))]
+)
 def test_another_choice_at_a_continuation(world: World, tmp_path: Path, forms: tuple[str, str]) -> None:
     writer, reader = forms
     first, _ = start(world, writer)
@@ -86,7 +94,7 @@ def test_another_choice_at_a_continuation(world: World, tmp_path: Path, forms: t
     assert state(three)["adam_steps_of"] == dict.fromkeys(HEAD, 1)
 
 
-@pytest.mark.parametrize("form", ["0", "2", "3", "1_bf16"])
+@pytest.mark.parametrize("form", ["1_bf16", *(pytest.param(form, marks=pytest.mark.slow) for form in ("0", "2", "3"))])
 def test_a_run_with_several_step_counts_goes_on_to_the_bit(world: World, tmp_path: Path, form: str) -> None:
     first, _ = start(world, form)
     step(first, 0)

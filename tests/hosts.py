@@ -65,8 +65,10 @@ def running(count: int, folder: Path) -> Iterator[list[Host]]:
     net = f"10.{64 + os.getpid() % 64}.{os.getpid() // 64 % 256}"
     hosts = [Host(f"h{mark}{letter}", f"{net}.{i + 1}", folder / f"hosts.{i}") for i, letter in enumerate("abcdefgh")]
     hosts = hosts[:count]
+    bridge = f"b{mark}"
+    for left in (["link", "del", bridge], *(["netns", "del", host.name] for host in hosts)):  # of a killed process
+        subprocess.run(["ip", *left], capture_output=True)
     with ExitStack() as down:
-        bridge = f"b{mark}"
         _ip("link", "add", bridge, "type", "bridge")
         down.callback(_ip, "link", "del", bridge)
         _ip("link", "set", bridge, "up")

@@ -10,6 +10,7 @@ import warnings
 import pytest
 from launching import ROOT
 
+from vlm.errors import HUNG, NoRendezvous
 from vlm.recipe import families
 from vlm.run import command
 from vlm.run.command import evaluate_main, place, train_main
@@ -133,6 +134,12 @@ def raising(error):
         raise error
 
     return job
+
+
+def test_processes_that_did_not_meet_ask_for_another_start(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_train", raising(NoRendezvous("rank 1 did not come")))
+    assert train_main(["--recipe", "vit_llama.demo"]) == HUNG
+    assert capsys.readouterr().err == "error: rank 1 did not come\n"
 
 
 def test_an_error_of_all_processes_is_told_once(monkeypatch, capsys):

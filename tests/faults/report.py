@@ -50,9 +50,9 @@ def page(rows: Sequence[Row], kinds: Mapping[str, Kind]) -> str:
             "",
             "Rows go to `tests/faults/ledger.jsonl` ({kind, seed, survived, detail, commit, seconds}); with a seed,",
             "those that it has of the same commit are not run again, so a long series may be cut short. This page is",
-            "made of it by `python -m tests.faults.report`. Most kinds are runs forked from a process that has imported",
-            "everything (seconds each); those of processes are jobs of two under torchrun, a fifth of them started by",
-            "its command line, the others by its agent forked from that same process.",
+            "made of it by `python -m tests.faults.report`. Most kinds are runs forked from a process that has",
+            "imported everything (seconds each); those of processes are jobs of two under torchrun, a fifth of them",
+            "started by its command line, the others by its agent forked from that same process.",
             "",
         ]
     )

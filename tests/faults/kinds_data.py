@@ -100,7 +100,7 @@ def vanished_shard(trial: Trial) -> str:
     return _spoil_shard(trial, spoil)
 
 
-@kind("changed_shard", what="a shard is replaced by another one of the set, or written over in the middle",
+@kind("changed_shard", what="a shard is replaced by another one of the set, before the run or in the middle of it",
       checked=STOPPED)  # fmt: skip
 def changed_shard(trial: Trial) -> str:
     def spoil(path: Path) -> str:

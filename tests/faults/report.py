@@ -22,7 +22,7 @@ def page(rows: Sequence[Row], kinds: Mapping[str, Kind]) -> str:
         [
             "# Reliability: what runs survive",
             "",
-            f"**{survived} of {len(rows)} trials of {len(kinds)} kinds of faults survived.** {_bound(rows)}",
+            f"**{survived} of {len(rows)} trials of {len({row.kind for row in rows})} kinds of faults survived.** {_bound(rows)}",
             "",
             "Each trial is a training run (tiny: ViT-LLaMA or Vamos, 1 to 4 processes, any ZeRO stage, fp32 or bf16)",
             "into which one fault is injected at a random moment, and which is then started again by the same command.",

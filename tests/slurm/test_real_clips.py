@@ -14,7 +14,7 @@ STEPS = 60
 
 
 def test_the_curve_of_a_run_that_was_preempted(cluster: Cluster, realdata: Path, tmp_path: Path) -> None:
-    """Clips of many containers and codecs, as published: what the preemption changes is nothing, to the last digit."""
+    """Clips of many containers and codecs: what the preemption changes is nothing, to the last digit."""
     clips = sorted(file for file in (realdata / "videos").iterdir() if file.stat().st_size < 300_000)
     listing = tmp_path / "train.csv"
     listing.write_text("".join(f"videos/{file.name} {number % 8}\n" for number, file in enumerate(clips)))

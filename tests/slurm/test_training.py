@@ -89,9 +89,13 @@ def test_out_of_time_then_cancelled(whole: Run, run: Run) -> None:
     """The time limit comes: saved, queued again, gone on. Cancelled: not queued again, nothing left, the next start
     goes on."""
     cluster, run.settings = run.cluster, ("steps=100000",)
-    job = run.submit("--nodes=2", "--time=1", "--signal=B:USR1@25")
-    run.restarted(1, seconds=100)
-    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    job = run.submit("--nodes=2", "--signal=B:USR1@40")
+    run.reach(5)
+    hours, minutes, seconds = map(int, cluster.job(job)["RunTime"].split(":"))
+    limit = (hours * 3600 + minutes * 60 + seconds + 50) // 60 + 1  # in 50 to 110 seconds, of which 40 are for saving
+    cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    run.restarted(1, seconds=150)
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     saved = len(run.rows())
     assert "slurm: told to stop" in run.said()
     assert f"stopped: SIGUSR1 came; saved at step {saved}" in run.said()

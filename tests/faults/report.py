@@ -17,12 +17,12 @@ _NAMED = {SAME: "A", CHANGED: "B"}  # what most kinds check, said once above the
 def page(rows: Sequence[Row], kinds: Mapping[str, Kind]) -> str:
     """The page, as Markdown. Of a trial that was run again, the last row counts."""
     mended, rows = _mended(rows), list({(row.kind, row.seed): row for row in rows}.values())
-    survived = sum(row.survived for row in rows)
+    survived, tried = sum(row.survived for row in rows), len({row.kind for row in rows})
     return "\n".join(
         [
             "# Reliability: what runs survive",
             "",
-            f"**{survived} of {len(rows)} trials of {len({row.kind for row in rows})} kinds of faults survived.** {_bound(rows)}",
+            f"**{survived} of {len(rows)} trials of {tried} kinds of faults survived.** {_bound(rows)}",
             "",
             "Each trial is a training run (tiny: ViT-LLaMA or Vamos, 1 to 4 processes, any ZeRO stage, fp32 or bf16)",
             "into which one fault is injected at a random moment, and which is then started again by the same command.",

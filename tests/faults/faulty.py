@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,11 @@ def forked(spec_file: str, *arguments: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     sys.argv = ["launch/train.py", *arguments]
-    status = train(spec_file, *arguments)
+    try:
+        status = train(spec_file, *arguments)
+    except Exception:  # as the interpreter does it, at once; what forks processes would tell it to the agent, later
+        traceback.print_exc()
+        status = 1
     from vlm.distributed import end, leave
 
     if status:

@@ -287,6 +287,21 @@ def test_what_is_not_verified_removes_nothing(saver, tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path) == ["step-00000002"]
 
 
+@pytest.mark.parametrize(("kind", "value"), [("param", float("inf")), ("exp_avg_sq", float("nan"))])
+def test_values_that_no_run_can_go_on_from_are_not_written(engine, saver, tmp_path, kind, value):
+    save(saver, 1)
+    name, values = next(iter(zero_state.read(engine)))
+    spoilt = values[kind].clone()
+    spoilt.view(-1)[-1] = value
+    zero_state.write(engine, name, {kind: spoilt})
+    try:
+        with pytest.raises(UserError, match=f"step-00000002: would hold inf or nan in 1 tensors.*{re.escape(name)}"):
+            save(saver, 2)
+    finally:
+        zero_state.write(engine, name, {kind: values[kind]})
+    assert checkpoint.steps(tmp_path) == ["step-00000001"]
+
+
 def test_the_format_before_is_read(engine, saver, tmp_path):
     folder = save(saver, 1)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -162,8 +162,22 @@ def test_a_full_disk_is_one_line_but_a_lost_connection_is_a_traceback(monkeypatc
     assert train_main(arguments) == 2
     assert capsys.readouterr().err == "error: runs/x: No space left on device\n"
     monkeypatch.setattr(command, "_train", raising(ConnectionResetError("peer")))
-    with pytest.raises(ConnectionResetError):
-        train_main(arguments)
+    assert train_main(arguments) == 1
+    assert "Traceback" in (told := capsys.readouterr().err)
+    assert told.endswith("ConnectionResetError: peer\n")
+
+
+def test_what_nobody_foresaw_is_told_before_the_process_group_is_left(monkeypatch, capsys):
+    told = []
+
+    def job(options, at_exit):
+        at_exit.callback(lambda: told.append(capsys.readouterr().err))
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(command, "_train", job)
+    assert train_main(["--recipe", "vit_llama.demo"]) == 1
+    assert "RuntimeError: boom" in told[0]
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ class Job:
         together, folder = self._group.together, Path()
         try:
             held = self._plan.intervals() if self._fresh else None
+            together("looking for inf and nan", self._look, lambda _: None)
             folder = together("making the folder", lambda: held, self._begin)
             together("writing", lambda: self._write(folder), lambda _: None)
             together("reading back", lambda: self._verify(folder), lambda hashes: self._finish(folder, hashes))
@@ -128,6 +129,17 @@ class Job:
 
     def _count(self, count: int) -> None:
         self._moved += count
+
+    def _look(self) -> None:
+        """What has gone wrong since the last loss (memory, a kernel) must not become what runs go on from."""
+        names = self._plan.not_finite()
+        if names:
+            raise UserError(
+                f"{self.final}: would hold inf or nan in {len(names)} tensors of rank {self._group.rank} "
+                f"({', '.join(names[:5])}), and a run that went on from it could not learn: nothing was written. What "
+                "was saved before is intact, and the same command goes on from there; if it happens again, look at "
+                "optim.lr and at the machine's memory"
+            )
 
     def _begin(self, held: list[np.ndarray | None]) -> Path:
         """Rank 0: all is there, and there is where to write."""

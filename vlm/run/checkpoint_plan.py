@@ -127,10 +127,19 @@ class Plan:
         # Touched now: pages that are asked for while training waits would take longer than the copy itself.
         self.memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned).fill_(0)
         self._targets = [self.memory[a:b].view(dtype) for (a, b), dtype in zip(places, dtypes)]
+        moments = described.get(OPTIMIZER, {})
+        self._trained = [
+            number for number, one in enumerate(held) if one.file == OPTIMIZER or f"exp_avg/{one.name}" in moments
+        ]
+        self._names = [one.name for one in held]
         self.bytes = self.memory.numpy().data
         self._starts = {(region.file, region.name, region.offset): region for region in self.regions}
         self.hashes = _shared_out(self.layouts, rank, size)
         """(file, name) of the tensors whose hash this rank computes."""
+
+    def not_finite(self) -> list[str]:
+        """Names of copied fragments, of what trains and of its moments, that hold inf or nan."""
+        return [self._names[n] for n in self._trained if not bool(torch.isfinite(self._targets[n]).all())]
 
     def fits(self, described: Mapping[str, Described], held: Sequence[Source]) -> bool:
         """Whether it serves for these too."""

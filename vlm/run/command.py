@@ -13,6 +13,7 @@ import os
 import sys
 import textwrap
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -174,10 +175,20 @@ def _guarded(job: Job, parser: _Parser, arguments: list[str] | None) -> int:
             return 3
         except OSError as error:
             if error.filename is None or error.strerror is None:
-                raise  # no file of the user's: a connection, a queue
+                return _crashed()  # no file of the user's: a connection, a queue
             _tell(f"error: {error.filename}: {error.strerror}")
             return 2
+        except Exception:
+            return _crashed()
     return 0
+
+
+def _crashed() -> int:
+    """Print the traceback of what nobody foresaw; the exit status. Now, and not when the process group has been left:
+    then others fail too, and a launcher may end this process before it has told."""
+    traceback.print_exc()
+    sys.stderr.flush()
+    return 1
 
 
 def _help(parser: _Parser, options: argparse.Namespace) -> int:

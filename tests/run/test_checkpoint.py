@@ -1,6 +1,7 @@
 """A checkpoint is whole or it is not there; any stage and any number of processes reads any."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from vlm.config import override
 from vlm.data.loader import MicroBatch
 from vlm.distributed import join
+from vlm.models import trained
 from vlm.recipe import load
 from vlm.run import checkpoint, restore
 from vlm.run.checkpoint import Progress
@@ -101,6 +103,32 @@ def test_a_checkpoint_whose_manifest_is_gone_is_told(world, tmp_path):
     assert found == whole
     assert len(passed_over) == 1
     assert f"{damaged}/manifest.json" in passed_over[0]
+
+
+def test_a_copy_that_somebody_made_is_neither_taken_nor_removed(world, tmp_path):
+    engine = Engine(*make_engine(world), world)
+    first = save(engine, tmp_path, 1, keep=1)
+    copies = [shutil.copytree(first, tmp_path / name) for name in ("step-00000001.good", "step-00000009-old", "step-x")]
+    second = save(engine, tmp_path, 2, keep=1)
+    assert checkpoint.newest(tmp_path) == (second, [])
+    assert checkpoint.steps(tmp_path) == [second.name]
+    for copy in copies:
+        checkpoint.verify(copy)
+
+
+def test_garbage_in_latest_and_best_does_not_end_a_run(world, tmp_path):
+    engine = Engine(*make_engine(world), world)
+    first = save(engine, tmp_path, 1, is_best=True)
+    for name in ("latest", "best"):
+        (tmp_path / name).write_bytes(b"\0\xff\xfe\n")
+    assert checkpoint.resolve(tmp_path) == first
+    with pytest.raises(UserError, match="is no checkpoint of ours"):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)
+        trained.start_from(make_engine(world)[0], tmp_path / "run")
+    second = save(engine, tmp_path, 2, keep=1)
+    assert checkpoint.newest(tmp_path) == (second, [])
+    assert (tmp_path / "latest").read_text() == f"{second.name}\n"
 
 
 def test_a_damaged_step_that_is_made_again_is_replaced(world, tmp_path):

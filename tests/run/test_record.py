@@ -145,6 +145,13 @@ def test_checkpoints_whose_record_is_gone_or_damaged(tmp_path, text, says):
         record.open_training(launch(tmp_path / "run"), "fingerprint")
 
 
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_begin_anew_unsaid(tmp_path):
+    begin(launch(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint of this run is intact: .*step-00000004/manifest\.json"):
+        record.open_training(launch(tmp_path / "run"), "fingerprint")
+
+
 def evaluate(run: Launch, source: Path | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     record.write(run, record.open_evaluation(run, source))

@@ -99,7 +99,7 @@ def start_from(model: System, folder: Path, shared: Sequence[str] = ()) -> None:
     """
     latest = folder / "checkpoints" / "latest"
     if latest.is_file():
-        folder = latest.parent / latest.read_text().strip()
+        folder = latest.parent / latest.read_text(errors="replace").strip()
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"model.init_from={folder}: is no checkpoint of ours (a folder with {MANIFEST}) and no run folder. A "

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from vlm.distributed import stop_together
 from vlm.run import checkpoint_files, zero_state
-from vlm.run.checkpoint_files import MANIFEST, remove_unfinished
+from vlm.run.checkpoint_files import MANIFEST, named, remove_unfinished
 from vlm.run.checkpoint_files import steps as steps  # told under this name too
 from vlm.run.checkpoint_group import Group
 from vlm.run.checkpoint_job import FORMAT, STATE, Facts, Job
@@ -250,7 +250,7 @@ def newest(root: Path) -> tuple[Path, list[str]] | None:
         UserError: there are checkpoints, and none is intact.
     """
     passed_over: list[str] = []
-    for name in sorted((path.name for path in root.glob("step-*")), reverse=True):  # without a manifest, damaged too
+    for name in reversed(named(root)):  # without a manifest, damaged too
         try:
             verify(root / name, (WEIGHTS, OPTIMIZER, STATE))
         except UserError as error:
@@ -278,9 +278,9 @@ def resolve(path: Path) -> Path:
         return path
     for root in (path, path / "checkpoints"):
         with contextlib.suppress(OSError):
-            named = root / (root / "latest").read_text().strip()
-            if (named / MANIFEST).is_file():
-                return named
+            latest = root / (root / "latest").read_text(errors="replace").strip()
+            if (latest / MANIFEST).is_file():
+                return latest
         found = newest(root)
         if found is not None:
             return found[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from vlm.run.checkpoint_plan import Plan, Region, Source
 from vlm.tensor_files import CHUNK, hash_of, seal
 
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-\d{8,}")  # what else lies there (a copy that somebody made) is not ours to read or remove
 
 Moved = Callable[[int], None]
 """Told how many bytes have been written, read or hashed."""
@@ -137,8 +139,8 @@ def _prune(root: Path, keep: int, written: str) -> None:
     """
     kept = {written, *[name for name in steps(root) if name <= written][-keep:]}
     with contextlib.suppress(OSError):
-        kept.add((root / "best").read_text().strip())
-    for folder in sorted(root.glob("step-*")):
+        kept.add((root / "best").read_text(errors="replace").strip())
+    for folder in (root / name for name in named(root)):
         if folder.name not in kept:
             try:
                 gone = root / f".{folder.name}.gone"
@@ -158,6 +160,11 @@ def remove_unfinished(root: Path) -> None:
                 path.unlink()
 
 
+def named(root: Path) -> list[str]:
+    """Whatever has the name of a checkpoint under `root`, damaged or not, oldest first."""
+    return sorted(path.name for path in root.glob("step-*") if _NAME.fullmatch(path.name))
+
+
 def steps(root: Path) -> list[str]:
     """Names of the complete checkpoints under `root`, oldest first."""
-    return sorted(p.name for p in root.glob("step-*") if (p / MANIFEST).is_file())
+    return [name for name in named(root) if (root / name / MANIFEST).is_file()]

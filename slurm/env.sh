@@ -4,6 +4,10 @@
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun of Slurm from 22.05 on does not take it from the job
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
+# This job. In an array the SLURM_JOB_ID of one task is that of the whole array too, to squeue and scontrol.
+this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+this_job=${this_job:-${SLURM_JOB_ID:-}}
+
 # in_tasks SCRIPT ARGUMENTS: the script in every task of the job, one a GPU; where one fails, all end. A job that
 # was given other nodes while it waited (docs/cluster.md) keeps SLURM_NTASKS of its first ones.
 in_tasks() {
@@ -59,7 +63,7 @@ status_of_tasks() {
 after_failure() {
     local lost
     trap - USR1 TERM
-    if [[ $(squeue --noheader --job "$SLURM_JOB_ID" --format=%T) != RUNNING ]]; then
+    if [[ $(squeue --noheader --job "$this_job" --format=%T) != RUNNING ]]; then
         exit "$1" # cancelled, or queued again by Slurm itself
     fi
     case $1 in
@@ -77,7 +81,7 @@ after_failure() {
 
 requeue_if_few() {
     local most=${VLM_MAX_REQUEUES:-10} count comment
-    comment=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/ *$//; s/^ *Comment=\((null)\)\?//p')
+    comment=$(scontrol show job "$this_job" | sed -n 's/ *$//; s/^ *Comment=\((null)\)\?//p')
     count=$(sed -n 's/.*failures:\([0-9]*\)$/\1/p' <<<"$comment")
     count=$((${count:-0} + 1))
     if ((count > most)); then
@@ -85,13 +89,13 @@ requeue_if_few() {
         return
     fi
     comment=$(sed 's/ *failures:[0-9]*$//' <<<"$comment")
-    scontrol update "JobId=$SLURM_JOB_ID" "Comment=${comment:+$comment }failures:$count"
+    scontrol update "JobId=$this_job" "Comment=${comment:+$comment }failures:$count"
     requeue "$1 ($count of $most)"
 }
 
 requeue() {
-    echo "slurm: $1: job $SLURM_JOB_ID is queued again and goes on from its last checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "slurm: $1: job $this_job is queued again and goes on from its last checkpoint"
+    scontrol requeue "$this_job"
     sleep 600 # Slurm ends this shell
 }
 

@@ -223,6 +223,16 @@ def test_what_follows_from_an_ending(place: Path, ending: str) -> None:
     assert variables.get("SAYS", "").replace("\\n", "\n") in done.stderr, "what tasks say is in the job's log"
 
 
+def test_a_task_of_an_array_is_queued_again_alone(place: Path) -> None:
+    """The number of the array's last task is that of the array: squeue and scontrol would take it for all tasks."""
+    (place / ".venv/bin/python").write_text("#!/usr/bin/env bash\nkill -USR1 $$\n")
+    (place / "bin/squeue").write_text("#!/usr/bin/env bash\necho RUNNING\n[[ $* == *42_3* ]] || echo RUNNING\n")
+    done = play(place, "make_shards", SLURM_ARRAY_JOB_ID="42", SLURM_ARRAY_TASK_ID="3")
+    assert done.returncode == 138
+    assert (place / "calls").read_text() == "update JobId=42_3 Comment=failures:1\nrequeue 42_3\n"
+    assert "slurm: ended by a signal (1 of 10): job 42_3 is queued again" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["TERM", "USR1"])
 def test_a_signal_to_the_job_reaches_the_run_as_sigusr1(place: Path, name: str) -> None:
     listens = (

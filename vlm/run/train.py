@@ -185,8 +185,10 @@ def _train_steps(
         progress.quarantined = quarantine.known
         saver.save(progress, _about(recipe, world, engine, guard))
     saver.wait()
+    # A signal that came within the last step: what follows is no part of a step, and may take longer than is left.
+    asked = sum_over_ranks([float(stop.asked is not None)], world.device)[0]
     stop.waits = False
-    if stopping:
+    if stopping or asked:
         raise Preempted(f"{stop.asked or 'a signal to another rank'} came; saved at step {progress.step}")
     audit.finish()
 

@@ -129,7 +129,10 @@ def reading(case: Case, about: Assumptions, nbytes: float) -> str:
     node = about.node_gb_per_s * 1e9 / about.gpus_per_node
     fed = math.floor(about.files_gb_per_s * 1e9 / rate)
     if whole <= about.node_memory_gb * 1e9:
-        said = f"fits in a node's memory ({amount(whole)}), which an epoch or two fill; until then, the file system"
+        said = (
+            f"fits in a node's memory ({amount(whole)}), but each of n nodes reads a random n-th of it an epoch. Until "
+            "it is there, the file system"
+        )
     else:
         said = f"does not fit in a node's memory ({amount(whole)}), so the file system"
     short = f", and a node reads too slowly for its GPUs by a factor of {number(rate / node)}" if rate > node else ""
@@ -223,9 +226,9 @@ ten times the failures. Bytes are decimal.
 ## What follows
 
 - **Reading comes first.** Frozen towers and small heads take samples faster than a shared file system gives them, long
-  before checkpoints or failures matter. Where a set fits in the memory of a node, its page cache helps from the second
-  epoch on; else copy shards to disks of the nodes, or read features computed before, if they are smaller (the
-  51 MB of Breakfast's are not).
+  before checkpoints or failures matter. The page cache of one node has a set that fits from the second epoch on; each
+  of 64 nodes still reads 63 of 64 samples for the first time then. So copy shards to memory or disks of the nodes
+  before, or read features computed before, if they are smaller (the 51 MB of Breakfast's are not).
 - **A small set in few shards** is read by all GPUs from the same files: write more and smaller ones
   (`tools/make_shards.py --shard-size`). Nothing else needs as many shards as there are readers: the plan is over
   samples, not over shards.
@@ -271,13 +274,22 @@ def main(arguments: list[str] | None = None) -> int:
                 "docs/scaling.md holds the figures of the stated assumptions: give others another --out FILE"
             )
         gpus = [_count(text) for text in args.gpus.split(",")] if args.gpus else GPUS
-        text = page(gpus, override(Assumptions(), args.assumptions))
+        text = page(gpus, _possible(override(Assumptions(), args.assumptions)))
         write_text(args.out or PAGE, text)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {args.out or PAGE}")
     return 0
+
+
+def _possible(about: Assumptions) -> Assumptions:
+    """The same, where no value is impossible."""
+    for field in dataclasses.fields(about):
+        value, may_be_none = getattr(about, field.name), field.name in ("agree_seconds", "restart_seconds")
+        if value < 0 or (value == 0 and not may_be_none):
+            raise UserError(f"{field.name}={value:g}: give a number {'from 0 on' if may_be_none else 'above 0'}")
+    return about
 
 
 def _count(text: str) -> int:

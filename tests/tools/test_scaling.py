@@ -46,6 +46,9 @@ def test_other_assumptions_go_to_another_page(
     assert "restart_seconds" in capsys.readouterr().err
     assert tool.main(["--out", str(tmp_path / "a.md"), "--gpus", "8,none"]) == 2
     assert "'none'" in capsys.readouterr().err
+    for impossible in ("copy_gb_per_s=0", "gpus_per_node=-1", "restart_seconds=-1"):
+        assert tool.main(["--out", str(tmp_path / "a.md"), impossible]) == 2
+        assert impossible in capsys.readouterr().err
     assert tool.main(["--out", str(tmp_path / "a.md"), "--gpus", "16", "restart_seconds=600"]) == 0
     page = (tmp_path / "a.md").read_text()
     assert "| `restart_seconds` | 600 |" in page

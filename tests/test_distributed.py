@@ -143,6 +143,23 @@ def test_a_job_of_one_task_finds_itself(clean):
     assert [os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "0"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "want"),
+    [
+        ({"PMI_SIZE": "1", "PMI_RANK": "0"}, "single"),  # MpiDefault=pmi2
+        ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "slurm.pmix.42.0"}, "single"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "mpi"),  # MPICH's mpirun, whose daemon is the step's task
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, "mpi"),
+        ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "prterun-host-7@1"}, "mpi"),
+    ],
+)
+def test_a_step_of_one_task_needs_no_mpi(task, variables, want):
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", **variables}.items():
+        task.setenv(name, value)
+    task.setattr(starters, "_from_mpi", lambda: None)
+    assert find_starter() == want
+
+
 def test_a_half_set_environment_is_refused(clean):
     clean.setenv("RANK", "0")
     with pytest.raises(UserError, match="only RANK"):

@@ -36,7 +36,7 @@ def find_starter() -> str:
             os.environ["MASTER_ADDR"] = rendezvous.first_address()
         os.environ.setdefault("MASTER_PORT", str(rendezvous.hashed_port()))
         return "slurm"
-    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
+    if _of_mpi():
         _from_mpi()
         return "mpi"
     if given:
@@ -57,6 +57,15 @@ def _of_slurm(given: set[str]) -> bool:
     if "PMI_SIZE" in os.environ and (os.environ.get("PMI_RANK"), os.environ["PMI_SIZE"]) != own:
         return False
     return _slurm_tasks() > 1 or given == {"MASTER_ADDR", "MASTER_PORT"}
+
+
+def _of_mpi() -> bool:
+    """Whether an mpirun started this process. Where Slurm speaks PMI by itself (MpiDefault=pmix or pmi2), a step of one
+    task has variables of it too: that is a single process, which needs no MPI."""
+    by_slurm = os.environ.get("PMI_SIZE") == "1" or os.environ.get("PMIX_NAMESPACE", "").startswith("slurm.")
+    if by_slurm and "OMPI_COMM_WORLD_SIZE" not in os.environ and "SLURM_STEP_ID" in os.environ and _slurm_tasks() == 1:
+        return False
+    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"))
 
 
 def _slurm_tasks() -> int:

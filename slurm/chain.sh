@@ -10,6 +10,10 @@
 # Prints the jobs' numbers. A job whose forerunner failed is cancelled (--kill-on-invalid-dep).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' slurm/chain.sh # what stands above
+    exit
+fi
 
 options=()
 while [[ $# -gt 0 && $1 == -* ]]; do

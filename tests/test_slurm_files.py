@@ -288,6 +288,15 @@ def test_a_chain_of_three_jobs(place: Path) -> None:
     ]
 
 
+def test_a_chain_says_what_it_takes(place: Path) -> None:
+    done = chain(place, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Pretraining, fine-tuning")
+    assert "slurm/chain.sh [OPTION …] [RECIPE_A [key=value …]] [RECIPE_B [key=value …]]" in done.stdout
+    assert "set -euo" not in done.stdout
+    assert not (place / "calls").exists(), "nothing is submitted"
+
+
 def test_of_a_chain_that_is_not_accepted_nothing_is_left(place: Path) -> None:
     done = chain(place, refuses="evaluate")
     assert done.returncode == 1

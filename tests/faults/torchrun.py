@@ -39,11 +39,12 @@ def start(trial: Trial, setting: Setting, real: bool, **fault: Any) -> Job:
     return _fork_agent(arguments, setting.world, trial.folder / f"out-{attempt}")
 
 
-def again(trial: Trial, setting: Setting, real: bool) -> None:
-    """Start the run again, without a fault, to its end."""
+def again(trial: Trial, setting: Setting, real: bool) -> str:
+    """Start the run again, without a fault, to its end; what it printed."""
     job = start(trial, setting, real)
     statuses = job.wait()
     assert statuses == [0], f"started again, ended with {statuses}: {job.printed()[-1500:]}"
+    return job.printed()
 
 
 def own_statuses(trial: Trial) -> dict[int, int]:

@@ -30,7 +30,6 @@ def main() -> int:
     options = _options()
     from tests.faults import ledger
     from tests.faults.harness import Workshop, load_kinds
-    from vlm.run.log import git_commit
 
     kinds = load_kinds()
     chosen = options.kind or [name for name, one in kinds.items() if not (options.quick and one.process)]
@@ -40,7 +39,7 @@ def main() -> int:
         return 2
     seed = time.time_ns() % 10**6 if options.seed is None else options.seed
     trials = [(options.kind[0], seed)] if options.number is None else list(ledger.series(chosen, seed, options.number))
-    commit = git_commit()
+    commit = ledger.commit_of_trials()
     print(f"{len(trials)} trials of {len(set(chosen))} kinds, SEED={seed}, commit {commit}", flush=True)
     known = {(row.kind, row.seed): row for row in ledger.read(options.ledger) if row.commit == commit}
     rows = [known[trial] for trial in trials if trial in known and options.seed is not None and options.number]

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.faults.jobs import ROOT, append
+from vlm.run.log import git_commit
 
 LEDGER = ROOT / "tests" / "faults" / "ledger.jsonl"
+_MADE = ("tests/faults/ledger.jsonl", "docs/reliability.md")  # of trials, so no change of what they try
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,17 @@ def read(path: Path = LEDGER) -> list[Row]:
 def write(row: Row, path: Path = LEDGER) -> None:
     """Append a row; several processes may at once."""
     append(path, json.dumps(asdict(row), ensure_ascii=False) + "\n")
+
+
+def commit_of_trials(root: Path = ROOT) -> str:
+    """The commit that trials try, with "+changes" where files differ from it, besides the ledger and its page."""
+    commit = git_commit(root)
+    if not commit.endswith("+changes"):
+        return commit
+    left_out = [f":(exclude){path}" for path in _MADE]
+    command = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *left_out]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return commit if done.stdout.strip() else commit.removesuffix("+changes")
 
 
 def series(kinds: Sequence[str], seed: int, count: int) -> Iterator[tuple[str, int]]:

@@ -70,6 +70,28 @@ def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
     assert ledger.read(tmp_path / "none") == []
 
 
+def test_rows_that_are_appended_do_not_make_another_commit(tmp_path: Path) -> None:
+    """Else a series that was cut short would begin anew: the ledger is in the repository."""
+
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=t", "-c", "user.email=t@t.invalid")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    for name in ("tests/faults/ledger.jsonl", "docs/reliability.md", "code.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("first\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = ledger.commit_of_trials(tmp_path)
+    assert len(clean) == 40
+    (tmp_path / "tests/faults/ledger.jsonl").write_text("first\nsecond\n")
+    (tmp_path / "docs/reliability.md").write_text("other\n")
+    assert ledger.commit_of_trials(tmp_path) == clean
+    (tmp_path / "code.py").write_text("other\n")
+    assert ledger.commit_of_trials(tmp_path) == clean + "+changes"
+
+
 def test_the_page_is_made_of_the_ledger() -> None:
     assert report.PAGE.read_text() == report.page(ledger.read(), load_kinds()), "run python -m tests.faults.report"
 

@@ -19,6 +19,7 @@ from typing import Any
 from vlm.files import write_text
 from vlm.types import UserError
 
+_ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -200,9 +201,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit() -> str:
+def git_commit(root: Path = _ROOT) -> str:
     """The commit of the code that runs, with "+changes" where the tree differs from it; "unknown" outside git."""
-    root = Path(__file__).resolve().parents[2]
     if shutil.which("git") is None:
         return "unknown"
 

@@ -160,6 +160,28 @@ def test_a_step_of_one_task_needs_no_mpi(task, variables, want):
     assert find_starter() == want
 
 
+@pytest.mark.parametrize(
+    ("local_rank", "seen", "starter", "together", "want"),
+    [
+        (3, 8, "slurm", "8", 3),
+        (3, 1, "slurm", "8", 0),  # --gpus-per-task=1: each task sees its own alone
+        (0, 1, "slurm", "8", 0),
+        (1, 1, "slurm", "1", None),
+        (1, 1, "slurm", "", None),
+        (2, 2, "slurm", "8", None),
+        (1, 1, "torchrun", "8", None),
+    ],
+)
+def test_the_gpu_of_a_process(clean, local_rank, seen, starter, together, want):
+    clean.setenv("SLURM_GPUS_ON_NODE", together)
+    clean.setattr(torch.cuda, "device_count", lambda: seen)
+    if want is None:
+        with pytest.raises(UserError, match=f"has {seen} GPU.*process {local_rank}"):
+            distributed._gpu_of(local_rank, starter)
+    else:
+        assert distributed._gpu_of(local_rank, starter) == want
+
+
 def test_a_half_set_environment_is_refused(clean):
     clean.setenv("RANK", "0")
     with pytest.raises(UserError, match="only RANK"):

@@ -69,13 +69,9 @@ def join(timeout_minutes: float = 30.0) -> World:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"this host has {torch.cuda.device_count()} GPU(s) but process {local_rank} of it was started: start "
-                "one process a GPU (deepspeed --num_gpus N, or one Slurm task a GPU)"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", _gpu_of(local_rank, meeting.starter))
+        torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the GPU
     else:
         device = torch.device("cpu")
         _share_cores()
@@ -84,6 +80,24 @@ def join(timeout_minutes: float = 30.0) -> World:
     join_group(meeting, backend, device, timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return World(meeting.rank, meeting.size, local_rank, device, meeting.starter)
+
+
+def _gpu_of(local_rank: int, starter: str) -> int:
+    """The number of a process's GPU among those that it sees. Slurm may show each task its own alone
+    (--gpus-per-task=1, --gpu-bind=single:1), and says how many the host's tasks have together.
+
+    Raises:
+        UserError: fewer GPUs than processes on this host.
+    """
+    seen, together = torch.cuda.device_count(), os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if local_rank < seen:
+        return local_rank
+    if starter == "slurm" and seen == 1 and together.isdecimal() and local_rank < int(together):
+        return 0
+    raise UserError(
+        f"this host has {seen} GPU(s) but process {local_rank} of it was started: start one process a GPU (deepspeed "
+        "--num_gpus N, or one Slurm task a GPU)"
+    )
 
 
 def _share_cores() -> None:

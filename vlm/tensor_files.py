@@ -91,6 +91,8 @@ def check_file(path: Path, manifest: Mapping[str, Any]) -> None:
         damage = _damage(path, entry, manifest)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # no writer of ours made it so
+        damage = f"it, or the manifest, is not of the form that it should have: {error!r}"
     if damage:
         raise UserError(
             f"{path}: content differs from the manifest ({damage}; damaged on disk?); use another checkpoint"
@@ -116,6 +118,8 @@ def _damage(path: Path, entry: Mapping[str, Any], manifest: Mapping[str, Any]) -
             return f"other tensors: {', '.join(sorted(header.keys() ^ stated.keys())[:5])}"
         for name, place in header.items():
             begin, end = place["data_offsets"]
+            if not 0 <= begin <= end <= size - length:
+                return f"tensor {name} at {begin} to {end}"
             if hash_of(_read(file, length + begin, length + end)) != stated[name].get("sha256"):
                 return f"tensor {name}"
     return ""

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vlm.distributed import barrier
@@ -32,6 +31,7 @@ from vlm.run import zero_state
 from vlm.run.checkpoint import OPTIMIZER, STATE, WEIGHTS, verify
 from vlm.tensor_files import DTYPES
 from vlm.types import UserError
+from vlm.weights import read_state_dict
 
 _FIRST = "exp_avg/"
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -57,7 +57,7 @@ def load_weights(folder: Path, model: System, *, verified: bool = False) -> dict
             trained with.
     """
     manifest = json.loads((folder / "manifest.json").read_text()) if verified else verify(folder, (WEIGHTS,))
-    trained.put(model, load_file(folder / WEIGHTS), manifest, str(folder))
+    trained.put(model, read_state_dict(folder / WEIGHTS), manifest, str(folder))
     state = folder / STATE
     return json.loads(state.read_text()) if state.is_file() else {}
 

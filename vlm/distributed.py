@@ -172,8 +172,9 @@ def from_main(world: World, make: Callable[[], ValueT]) -> ValueT:
 def stop_together(problem: UserError | None, device: torch.device) -> None:
     """Raise the first rank's problem on every rank, if any has one (one all-reduce), so that none waits for another."""
     if sum_over_ranks([float(problem is not None)], device)[0]:
-        told = gather_objects(None if problem is None else str(problem))
-        raise UserError(share_object(next(filter(None, told)) if told else None)) from problem
+        told = gather_objects(problem)
+        first: UserError = share_object(next(filter(None, told)) if told else None)
+        raise type(first)(str(first)) from problem
 
 
 def barrier() -> None:

@@ -17,7 +17,7 @@ PREEMPTED = (
 )
 TOLD = "within 30 s of hang_seconds a report in RUN/hang names that rank, and the job ends with status 86; " + SAME
 STUCK = (
-    "within 30 s of checkpoint_seconds the run ends with status 2 and says which rank is at what; what was saved "
+    "within 30 s of checkpoint_seconds the run ends with status 86 and says which rank is at what; what was saved "
     "before is intact; " + SAME
 )
 PHASES = ("load", "collective", "forward", "backward", "optimizer", "log", "check", "save")
@@ -211,7 +211,7 @@ def stuck_save(trial: Trial) -> str:
 
             points.strike_at("vlm.run.checkpoint", "_sync_file", "before", 1, due, act)
 
-    printed = trial.run(setting, inject, expect=2)
+    printed = trial.run(setting, inject, expect=86)
     took = time.time() - (trial.folder / "struck").stat().st_mtime
     assert took < limit + 30, f"told after {took:.0f} s"
     said = f"rank {rank} is still at this: flushing"

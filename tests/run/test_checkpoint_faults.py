@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import make_engine, step
 
 from vlm.distributed import join
+from vlm.errors import Stuck
 from vlm.run import checkpoint, checkpoint_files, checkpoint_job, zero_state
 from vlm.run.checkpoint import Progress, Saver
 from vlm.run.engine import Engine
@@ -135,7 +136,7 @@ def test_a_save_that_is_stuck_ends_with_what_it_was_at(engine, tmp_path, monkeyp
     assert gate.reached.wait(30)
     assert saver.problem() is None
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"step-00000001: has been written for .*rank 0 .*flushing model\.safetensors"):
+    with pytest.raises(Stuck, match=r"step-00000001: has been written for .*rank 0 .*flushing model\.safetensors"):
         saver.wait()
     assert time.monotonic() - began < 5
     assert "checkpoint_seconds=0.4" in str(saver.problem())

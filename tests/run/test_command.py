@@ -10,7 +10,7 @@ import warnings
 import pytest
 from launching import ROOT
 
-from vlm.errors import HUNG, NoRendezvous
+from vlm.errors import HUNG, NoRendezvous, Stuck
 from vlm.recipe import families
 from vlm.run import command
 from vlm.run.command import evaluate_main, place, train_main
@@ -136,8 +136,9 @@ def raising(error):
     return job
 
 
-def test_processes_that_did_not_meet_ask_for_another_start(monkeypatch, capsys):
-    monkeypatch.setattr(command, "_train", raising(NoRendezvous("rank 1 did not come")))
+@pytest.mark.parametrize("kind", [NoRendezvous, Stuck])
+def test_what_another_start_may_mend_asks_for_one(kind, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_train", raising(kind("rank 1 did not come")))
     assert train_main(["--recipe", "vit_llama.demo"]) == HUNG
     assert capsys.readouterr().err == "error: rank 1 did not come\n"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm.errors import Stuck
 from vlm.files import replace_file, sync
 from vlm.run import checkpoint_files as files
 from vlm.run.checkpoint_group import WAITING, Group, grace
@@ -79,7 +80,7 @@ class Job:
         allowed = self._seconds + (grace(self._seconds) if doing == WAITING else 0.0)
         if spent < allowed:
             return None
-        return UserError(
+        return Stuck(
             f"{self.final}: has been written for {spent:.0f} s (checkpoint_seconds={self._seconds:g}), and rank "
             f"{self._group.rank} is still at this: {doing}. What was saved before is intact. Mend: look at the file "
             "system, or allow more seconds; then the same command goes on from there"

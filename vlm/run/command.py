@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from vlm.config import describe, to_dict
 from vlm.data.mix import is_elsewhere, parse_mix
-from vlm.errors import HUNG, PREEMPTED, NoRendezvous, Preempted, UserError
+from vlm.errors import HUNG, PREEMPTED, NoRendezvous, Preempted, Stuck, UserError
 from vlm.recipe import Recipe, TrainData, as_continued, check_files, check_inputs, check_name, families, load, names
 
 _TRAIN_PAGE = """\
@@ -165,7 +165,7 @@ def _guarded(job: Job, parser: _Parser, arguments: list[str] | None) -> int:
             job(options, at_exit)
         except UserError as error:
             _tell(f"error: {error}")
-            return HUNG if isinstance(error, NoRendezvous) else 2
+            return HUNG if isinstance(error, NoRendezvous | Stuck) else 2
         except Preempted as stopped:
             if place()[0] == 0:
                 sys.stderr.write(f"stopped: {stopped}; the same command goes on\n")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlm.config import override, to_dict
+from vlm.models.trained import MANIFEST, WEIGHTS
 from vlm.models.video_mae import VideoMAEConfig
 from vlm.models.vit_llama import (
     LlamaLayerConfig,
@@ -25,6 +26,7 @@ from vlm.models.vit_llama import (
 )
 from vlm.nn.llama_block import FrozenLlama
 from vlm.types import Batch, UserError
+from vlm.weights import file_hash, write_safetensors
 
 TINY: dict[str, Any] = {
     "dim": 24, "depth": 2, "heads": 2, "image_size": 16, "patch_size": 8, "num_frames": 4, "num_classes": 5,
@@ -266,6 +268,24 @@ def test_init_from_a_pretraining_file(tmp_path: Path, caplog: pytest.LogCaptureF
         model = config.build()
     assert torch.equal(model.blocks[1].mlp.fc1.weight, state["encoder.blocks.1.mlp.fc1.weight"])
     assert "left as initialised: fc_norm.weight, fc_norm.bias, head.weight, head.bias, llama_dim_mapper1" in caplog.text
+
+
+def test_init_from_a_run_of_ours(tmp_path: Path) -> None:
+    """A folder of pretraining, as slurm/chain.sh names it: its latest checkpoint, compared with its manifest."""
+    state, folder = pretrained_state(), tmp_path / "run" / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    write_safetensors(folder / WEIGHTS, state)
+    files = {WEIGHTS: {"bytes": (folder / WEIGHTS).stat().st_size, "sha256": file_hash(folder / WEIGHTS)}}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}))
+    (folder.parent / "latest").write_text(f"{folder.name}\n")
+    for path in (tmp_path / "run", folder):
+        model = ViTLlamaConfig(**TINY, init_from=path).build()
+        assert torch.equal(model.blocks[1].mlp.fc1.weight, state["encoder.blocks.1.mlp.fc1.weight"])
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(UserError, match=WEIGHTS):
+        ViTLlamaConfig(**TINY, init_from=tmp_path / "run").build()
 
 
 def test_prefix_backbone_and_first_token_pooling() -> None:

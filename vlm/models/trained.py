@@ -88,6 +88,20 @@ def _check_base(model: System, manifest: Mapping[str, Any], held: Collection[str
     )
 
 
+def newest(path: Path) -> Path:
+    """The latest checkpoint of a run folder; any other path as it is."""
+    latest = path / "checkpoints" / "latest"
+    return latest.parent / latest.read_text(errors="replace").strip() if latest.is_file() else path
+
+
+def read_sealed(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and manifest of a checkpoint of ours. UserError: it is damaged."""
+    manifest = _manifest(folder)
+    tensors = read_state_dict(folder / WEIGHTS)
+    check_file(folder / WEIGHTS, manifest)
+    return tensors, manifest
+
+
 def start_from(model: System, folder: Path, shared: Sequence[str] = ()) -> None:
     """Give a fresh model the trained tensors of a checkpoint folder, or of a run folder's latest: `model.init_from`.
 
@@ -97,17 +111,13 @@ def start_from(model: System, folder: Path, shared: Sequence[str] = ()) -> None:
     Raises:
         UserError: no such checkpoint, a damaged one, or one that does not fit (`put`).
     """
-    latest = folder / "checkpoints" / "latest"
-    if latest.is_file():
-        folder = latest.parent / latest.read_text(errors="replace").strip()
+    folder = newest(folder)
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"model.init_from={folder}: is no checkpoint of ours (a folder with {MANIFEST}) and no run folder. A "
             f"published file is converted first: python tools/convert_ckpt.py {folder} FOLDER --from FORMAT --to vlm"
         )
-    manifest = _manifest(folder)
-    tensors = read_state_dict(folder / WEIGHTS)
-    check_file(folder / WEIGHTS, manifest)
+    tensors, manifest = read_sealed(folder)
     if shared and not tensors.keys() <= model.state_dict().keys():
         _put_shared(model, tensors, manifest, str(folder), tuple(shared))
     else:

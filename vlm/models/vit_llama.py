@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from vlm.data.clips import ClipConfig
 from vlm.models.system import Cost, System, as_clips, check_same
+from vlm.models.trained import MANIFEST, newest, read_sealed
 from vlm.nn.llama_block import FrozenLlama, norm_tensor, select_layers
 from vlm.nn.vision import PatchEmbed, block_flops, init_truncated_normal, make_blocks, run_blocks, sinusoid_table
 from vlm.types import Batch, Losses, LossTerm, UserError
@@ -145,7 +146,7 @@ class ViTLlamaConfig:
     llama: LlamaLayerConfig | None = None
     """The frozen LLaMA layers; none: a plain ViT."""
     init_from: Path | None = None
-    """A VideoMAE pretraining checkpoint, published or our own, that the ViT's blocks start from."""
+    """A VideoMAE pretraining checkpoint, published or our own (or a run folder: its latest), that blocks start from."""
 
     def __post_init__(self) -> None:
         self.init_from = None if self.init_from is None else Path(self.init_from)
@@ -178,8 +179,10 @@ class ViTLlamaConfig:
         """The model with fresh weights, its frozen layers loaded, `init_from` read where given."""
         model = ViTLlama(self)
         if self.init_from is not None:
-            report = load_pretrained(model, read_state_dict(self.init_from), str(self.init_from))
-            log.info("%s: %s", self.init_from, report.sentence())
+            source = newest(self.init_from)
+            ours = (source / MANIFEST).is_file()
+            report = load_pretrained(model, read_sealed(source)[0] if ours else read_state_dict(source), str(source))
+            log.info("%s: %s", source, report.sentence())
         return model
 
 

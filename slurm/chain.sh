@@ -3,10 +3,12 @@
 #
 #     slurm/chain.sh [OPTION …] [RECIPE_A [key=value …]] [RECIPE_B [key=value …]]
 #     slurm/chain.sh --nodes=4 video_llama.pretrain_vicuna13b data.workers=4 video_llama.finetune_vicuna13b
+#     slurm/chain.sh video_mae.ssv2_s vit_llama.ssv2_s model.init_from=runs/video_mae/ssv2_s
 #
 # Without recipes: both stages of Video-LLaMA. Settings after a recipe are that recipe's (those of RECIPE_B are of its
 # evaluation too). OPTIONs of sbatch are of all three jobs, each one word (--nodes=4); so are variables such as
-# SBATCH_PARTITION, and VLM_DS_CONFIG. RECIPE_B gets model.init_from=RUN_A, unless it or its settings name another.
+# SBATCH_PARTITION, and VLM_DS_CONFIG. RECIPE_B gets model.init_from=RUN_A, unless it or its settings name another
+# (vit_llama's ssv2 recipes do: a published file).
 # Prints the jobs' numbers. A job whose forerunner failed is cancelled (--kill-on-invalid-dep).
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -143,6 +143,11 @@ def test_another_file_of_settings(place: Path) -> None:
         assert found[:3] == [f"launch/{script}.py", "--deepspeed_config", "ds configs/x.json"]
 
 
+def test_a_worker_a_core_makes_shards_unless_told_otherwise(place: Path) -> None:
+    found, _ = submit(place, "make_shards", "webvid", "--workers", "2")
+    assert found == ["tools/make_shards.py", "--workers", "3", "webvid", "--workers", "2"], "the last one counts"
+
+
 def test_what_tasks_are_told(place: Path) -> None:
     _, seen = submit(place, "pretrain", MASTER_PORT="7")
     assert seen == {"OMP_NUM_THREADS": "3", "SRUN_CPUS_PER_TASK": "3", "MASTER_PORT": "7"}

@@ -1,15 +1,24 @@
 """Clips that cannot be decoded at run time: named in a ledger, replaced, counted, and too many stop the run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from encoded import encode, pictures
 from launching import run, train_arguments
 
+from vlm.config import override
+from vlm.data.loader import MicroBatch
 from vlm.data.shards import write_shards
 from vlm.data.video import DecodeError, inspect
+from vlm.distributed import alone
+from vlm.recipe import load
+from vlm.run.quarantine import Quarantine
+from vlm.run.streams import open_stream
 from vlm.sources import kinetics
+from vlm.types import Batch, Incident, UserError
 
 
 def listed(folder: Path, videos: list[Path]) -> Path:
@@ -69,6 +78,33 @@ def test_an_epoch_has_exactly_the_undecodable_clips_in_its_ledger(clips, tmp_pat
     assert all(f"quarantined {key}" in printed for key in bad)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["quarantined"] == len(bad)
+
+
+def test_shards_may_move_between_two_starts(shape_shards, tmp_path):
+    """What was met before is known under its new place, and counts against the ceiling of its shard."""
+    world, moved = alone(), tmp_path / "elsewhere" / "train"
+    shutil.copytree(shape_shards / "train", moved)
+    recipe = override(
+        load("vit_llama.debug"), [f"data.shards={moved}", f"run_dir={tmp_path}", "data.quarantine_share=0.04"]
+    )
+    stream = open_stream(recipe)
+    keys, shard = [stream.sets[0].samples.shards.key(row) for row in range(2)], "shard-000000.tar"
+    (tmp_path / "quarantine.jsonl").write_text(
+        json.dumps({"shards": "old/train", "shard": shard, "key": keys[0]}) + "\n"
+    )
+    quarantine = Quarantine(recipe, stream, [("old/train", shard, keys[0])], world)
+    assert quarantine.known == [(str(moved), shard, keys[0])]
+    assert [row["key"] for row in ledger(tmp_path)] == [keys[0]]
+
+    def incident(key: str) -> MicroBatch:
+        met = Incident(key, str(moved), shard, 0, 0, "cut", 1, "other", 0)
+        batch = Batch(keys=("other",), video=torch.zeros(1), label=torch.zeros(1), incidents=(met,))
+        return MicroBatch(batch, 1)
+
+    quarantine.add([incident(keys[0])], 5)
+    assert len(quarantine.known) == 1, "it was known"
+    with pytest.raises(UserError, match=rf"{moved}/{shard}: 2 of "):
+        quarantine.add([incident(keys[1])], 6)
 
 
 def test_too_many_stop_the_run_and_name_the_list(clips, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -27,12 +28,12 @@ class Quarantine:
     """
 
     def __init__(self, recipe: Recipe, stream: Stream, known: Sequence[Sequence[str]], world: World) -> None:
-        self.known: list[tuple[str, str, str]] = [(one[0], one[1], one[2]) for one in known]
         self._ceiling = recipe.data.quarantine_share
         self._path = recipe.run_dir / "quarantine.jsonl"
         self._world = world
         self._sets = {str(one.samples.shards.path): one.samples.shards for one in stream.sets}
         self._sizes: dict[tuple[str, str], int] = {}  # records of a shard
+        self.known: list[tuple[str, str, str]] = [(self._place(one[0]), one[1], one[2]) for one in known]
         if world.is_main:
             self._forget_lost_work()
 
@@ -55,8 +56,16 @@ class Quarantine:
                     print(f"quarantined {incident.key} ({incident.shard}): {incident.reason}", flush=True)
         self._check_ceiling()
 
+    def _place(self, path: str) -> str:
+        """Where a shard set is now: it may have moved since it was noted. As noted, where that cannot be told."""
+        if path in self._sets:
+            return path
+        alike = [one for one in self._sets if len(self._sets) == 1 or Path(one).name == Path(path).name]
+        return alike[0] if len(alike) == 1 else path
+
     def _check_ceiling(self) -> None:
-        for (path, shard), bad in Counter((path, shard) for path, shard, _ in self.known).items():
+        bad_ones = Counter((path, shard) for path, shard, _ in self.known if path in self._sets)
+        for (path, shard), bad in bad_ones.items():
             size = self._records(path, shard)
             if bad > self._ceiling * size:
                 raise UserError(
@@ -82,7 +91,7 @@ class Quarantine:
         for line in self._path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
-                if (row["shards"], row["shard"], row["key"]) in known:
+                if (self._place(row["shards"]), row["shard"], row["key"]) in known:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue

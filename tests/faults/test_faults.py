@@ -104,7 +104,7 @@ def test_the_page_tells_what_was_lost() -> None:
     assert "| `kill_rename` | 1 | 1 |" in text
     assert "- `torn_write` seed 4, commit a: latest is not the last" in text
     text = report.page([*rows, Row("torn_write", 4, True, "", "b", 1)], kinds)
-    assert "2 of 2 trials" in text
+    assert "2 of 2 trials of 2 kinds of faults survived, 1 of them once what they had found was mended" in text
     assert "- `torn_write` seed 4, commit a: latest is not the last. Survives at b." in text
 
 

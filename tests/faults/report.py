@@ -22,7 +22,7 @@ def page(rows: Sequence[Row], kinds: Mapping[str, Kind]) -> str:
         [
             "# Reliability: what runs survive",
             "",
-            f"**{survived} of {len(rows)} trials of {tried} kinds of faults survived{_at_once(mended)}.** {_bound(rows)}",
+            f"**{survived} of {len(rows)} trials of {tried} kinds of faults survived{_later(mended)}.** {_bound(rows)}",
             "",
             "Each trial is a training run (tiny: ViT-LLaMA or Vamos, 1 to 4 processes, any ZeRO stage, fp32 or bf16)",
             "into which one fault is injected at a random moment, and which is then started again by the same command.",
@@ -58,7 +58,7 @@ def page(rows: Sequence[Row], kinds: Mapping[str, Kind]) -> str:
     )
 
 
-def _at_once(mended: Sequence[str]) -> str:
+def _later(mended: Sequence[str]) -> str:
     """How many of them did not at first."""
     later = sum(line.startswith("- ") for line in mended)
     return f", {later} of them once what they had found was mended" if later else ""

@@ -19,8 +19,9 @@ in_tasks() {
 # supervise COMMAND: runs it and ends the job as it ended, or has the job queued again:
 #   stopped by a signal   SIGUSR1 ahead of the time limit (--signal) and SIGTERM of a preemption are passed on, the run
 #                         saves and ends with 85. Always queued again.
-#   86                    a run that hung and told so; also a node that is lost, and a command that a signal ended
-#                         before it could save. Queued again VLM_MAX_REQUEUES times (10), counted in the job's comment.
+#   86                    a run that hung and told so; also a node that is lost, and a task that was killed (memory, a
+#                         crash, NCCL's watchdog) or that a signal ended before it could save. Queued again
+#                         VLM_MAX_REQUEUES times (10), counted in the job's comment.
 # What was cancelled, or failed in another way, is not.
 supervise() {
     local said errors copier running='' status _
@@ -54,7 +55,7 @@ status_of_tasks() {
     "Exited with exit code "*) sed -n '1s/.* //p' <<<"$first" ;;
     "Terminated"*) echo 143 ;;
     "User defined signal 1"*) echo 138 ;;
-    ?*) echo 1 ;; # killed, a segmentation fault, …
+    ?*) echo 137 ;; # Killed, Aborted, Segmentation fault, Bus error, Out Of Memory, …
     *) echo "$1" ;;
     esac
 }
@@ -70,6 +71,7 @@ after_failure() {
     85) requeue "stopped by a signal, and saved" ;;
     86) requeue_if_few "the run hung" ;;
     138 | 143) requeue_if_few "ended by a signal" ;; # 128 + SIGUSR1 or SIGTERM: it did not listen yet
+    12[89] | 1[3-9]?) requeue_if_few "a task was killed" ;;
     2 | 3) ;;                                        # the user's error, or the numbers': it would come again
     *)
         lost=$(lost_nodes)

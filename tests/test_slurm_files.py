@@ -206,6 +206,18 @@ ENDINGS = {
     "numbers": ({"ENDS": "3", "SECOND": "lost"}, 3, None, ""),
     "killed for its memory": (
         {"ENDS": "143", "SAYS": f"srun: error: b: task 1: Out Of Memory{TERMINATED}"},
+        *(137, "a task was killed (1 of 10)", "failures:1"),
+    ),
+    "a crash": (
+        {"ENDS": "143", "SAYS": f"srun: error: b: task 1: Segmentation fault (core dumped){TERMINATED}"},
+        *(137, "a task was killed (1 of 10)", "failures:1"),
+    ),
+    "a crash of a command alone": ({"ENDS": "139"}, 139, "a task was killed (1 of 10)", "failures:1"),
+    "an error before others were killed": (
+        {
+            "ENDS": "137",
+            "SAYS": "srun: error: a: task 0: Exited with exit code 1\\nsrun: error: b: task 1: Killed",
+        },
         *(1, None, ""),
     ),
     "cancelled": ({"ENDS": "85", "STATE": "COMPLETING"}, 85, None, ""),

@@ -152,6 +152,7 @@ def test_nodes_of_a_step_that_nobody_came_from(monkeypatch: pytest.MonkeyPatch) 
 def test_a_wrong_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a network that changes numbers would make it."""
     place_of = meeting.Meeting(0, 2, "127.0.0.1", 1, 5.0, "torchrun", False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # another test may have joined in this process
     monkeypatch.setattr(meeting, "_open_store", lambda *_: (dist.HashStore(), None))
     monkeypatch.setattr(meeting, "_roll_call", lambda *_: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)

@@ -78,7 +78,7 @@ import ctypes
 from vlm.run.watchdog_timer import LastResort
 last = LastResort(86, 0.5)
 last.put_off(60)
-last.put_off(2)
+last.put_off(5)
 print(last.descriptor, flush=True)
 def locks():
     library, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
@@ -90,7 +90,8 @@ locks()
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     descriptor = int(process.stdout.readline())
-    assert " in locks" in watchdog_timer.ask(process.pid, descriptor)
+    while " in locks" not in (told := watchdog_timer.ask(process.pid, descriptor)):
+        assert told, "it ended before it was locked"
     assert "sleeping" in watchdog_timer.state_of(process.pid)
     _, printed = process.communicate(timeout=30)
     assert process.returncode == HUNG

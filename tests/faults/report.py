@@ -98,7 +98,9 @@ def _mended(rows: Sequence[Row]) -> list[str]:
         f"{last[kind, seed].commit[:12]}."
         for (kind, seed), row in lost.items()
     ]
-    return ["## Found by a trial, mended, tried again", "", *listed, ""] if listed else []
+    return ["## Found by a trial, mended, tried again
+
+In the platform, or in what the trial itself looks for: git log between the two commits says which.", "", *listed, ""] if listed else []
 
 
 def _first(text: str) -> str:

@@ -98,9 +98,8 @@ def _mended(rows: Sequence[Row]) -> list[str]:
         f"{last[kind, seed].commit[:12]}."
         for (kind, seed), row in lost.items()
     ]
-    return ["## Found by a trial, mended, tried again
-
-In the platform, or in what the trial itself looks for: git log between the two commits says which.", "", *listed, ""] if listed else []
+    note = "In the platform, or in what the trial itself looks for: the git log between the two commits says which."
+    return ["## Found by a trial, mended, tried again", "", note, "", *listed, ""] if listed else []
 
 
 def _first(text: str) -> str:

@@ -289,7 +289,7 @@ def test_the_trainer_hangs_and_where_is_told(shape_shards, tmp_path, kind, says)
 
 @pytest.mark.slow
 def test_no_loader_process_outlives_a_run_that_hung(shape_shards, tmp_path):
-    settings = ["steps=4", "data.workers=1", "eval.at_end=false", "hang_seconds=5"]
+    settings = ["steps=8", "data.workers=1", "eval.at_end=false", "hang_seconds=5"]
     arguments = train_arguments(shape_shards, tmp_path / "run", *settings)
     process = start([str(ROOT / "tests" / "run" / "hang_train.py"), "forward", *arguments[1:]], 2)
     seen: set[psutil.Process] = set()
@@ -297,10 +297,10 @@ def test_no_loader_process_outlives_a_run_that_hung(shape_shards, tmp_path):
         with suppress(psutil.NoSuchProcess):
             seen |= set(psutil.Process(process.pid).children(recursive=True))
         time.sleep(0.2)
-    process.communicate()
-    assert len(seen) > 4
+    printed, _ = process.communicate()
+    assert len(seen) > 4, printed
     assert not psutil.wait_procs(seen, timeout=15)[1]
-    assert list((tmp_path / "run" / "hang").iterdir())
+    assert list((tmp_path / "run" / "hang").glob("*")), printed
 
 
 @pytest.mark.slow

@@ -135,8 +135,10 @@ class Cluster:
         program = shutil.which(name, path=self.environment["PATH"])
         assert program is not None
         with (self.folder / f"{node or name}.out").open("ab") as out:
+            # It ends with the tests, also with those that were killed.
+            ends = ["setpriv", "--pdeathsig", "TERM"]
             self._daemons[node or name] = subprocess.Popen(
-                [program, *options], env=self.environment, stdout=out, stderr=out, start_new_session=True
+                [*ends, program, *options], env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
 
     def _end(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:

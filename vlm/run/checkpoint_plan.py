@@ -6,7 +6,9 @@ nothing is gathered: each rank copies its own fragments, and writes them at thei
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from vlm.tensor_files import Described, Layout, layout_of
 from vlm.types import UserError
 from vlm.weights import diff_keys
 
+LARGE = 1 << 20
+"""Elements from which on it pays to copy a tensor by two threads."""
 WEIGHTS, OPTIMIZER = trained.WEIGHTS, "optimizer.safetensors"
 
 
@@ -153,7 +157,7 @@ class Plan:
             if all(map(_adjacent, values, values[1:])):  # one copy of all: a group that ZeRO flattened
                 values, targets = [_joined(values)], [_joined(targets)]
             for target, value in zip(targets, values):
-                target.copy_(value, non_blocking=True)
+                _copy_large(target, value) if value.numel() >= LARGE else target.copy_(value, non_blocking=True)
         if self.memory.is_pinned():
             torch.cuda.current_stream().synchronize()
 
@@ -237,6 +241,18 @@ def _adjacent(one: Tensor, other: Tensor) -> bool:
     """Whether the second begins where the first ends."""
     same = one.dtype == other.dtype and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     return same and one.data_ptr() + one.numel() * one.itemsize == other.data_ptr()
+
+
+def _copy_large(target: Tensor, value: Tensor) -> None:
+    """As `copy_`, but from the host's memory by two threads: one does not use all that the memory gives."""
+    if value.device.type != "cpu" or len(os.sched_getaffinity(0)) < 2:
+        target.copy_(value, non_blocking=True)
+        return
+    half = value.numel() // 2
+    with ThreadPoolExecutor(1) as beside:
+        other = beside.submit(target[half:].copy_, value[half:])
+        target[:half].copy_(value[:half])
+        other.result()
 
 
 def _joined(neighbours: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,17 @@ def shape_shards(tmp_path_factory) -> Path:
         items = shapes.read(folder / "corpus", split, ())
         write_shards(items, folder / "shards" / split, arguments={"source": "shapes", "split": split})
     return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
+    """Two hosts that are really apart (tests.hosts.Host); the test is skipped where there can be none."""
+    from tests import hosts
+
+    if reason := hosts.missing():
+        pytest.skip(f"{hosts.NO_HOSTS}: {reason}")
+    with hosts.running(2, tmp_path_factory.mktemp("hosts")) as both:
+        yield both
 
 
 def is_allowed(reason: str) -> bool:

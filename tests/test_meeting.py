@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import hosts
 from tests.hosts import Host
 from vlm import meeting, rendezvous
 from vlm.errors import HUNG, NoRendezvous, UserError
@@ -159,14 +157,6 @@ def test_a_wrong_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda ones: ones.add_(7))
     with pytest.raises(UserError, match=r"2 ones sum to 8\.0"):
         meeting.join_group(place_of, "gloo", torch.device("cpu"), timedelta(seconds=5))
-
-
-@pytest.fixture(scope="module")
-def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
-    if reason := hosts.missing():
-        pytest.skip(f"{hosts.NO_HOSTS}: {reason}")
-    with hosts.running(2, tmp_path_factory.mktemp("hosts")) as both:
-        yield both
 
 
 def on_hosts(both: list[Host], *environs: dict[str, str], status: int = 0) -> list[list[str]]:

@@ -113,7 +113,7 @@ def _preload(workshop) -> None:  # type: ignore[no-untyped-def]
 def _try(workshop, kind, seed: int, commit: str, keep: bool):  # type: ignore[no-untyped-def]
     """One trial: its row."""
     from tests.faults.harness import Trial
-    from tests.faults.ledger import Row
+    from tests.faults.ledger import Row, without_places
 
     folder = workshop.folder / f"{kind.name}-{seed}"
     folder.mkdir()
@@ -131,7 +131,8 @@ def _try(workshop, kind, seed: int, commit: str, keep: bool):  # type: ignore[no
         shutil.rmtree(folder, ignore_errors=True)
     else:
         print(f"left for a look: {folder}", flush=True)
-    return Row(kind.name, seed, survived, detail[-3000:], commit, round(time.monotonic() - began, 1))
+    detail = without_places(detail, workshop.folder)[-3000:]
+    return Row(kind.name, seed, survived, detail, commit, round(time.monotonic() - began, 1))
 
 
 if __name__ == "__main__":

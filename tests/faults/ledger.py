@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,13 @@ def read(path: Path = LEDGER) -> list[Row]:
 def write(row: Row, path: Path = LEDGER) -> None:
     """Append a row; several processes may at once."""
     append(path, json.dumps(asdict(row), ensure_ascii=False) + "\n")
+
+
+def without_places(text: str, folder: Path) -> str:
+    """A detail as it reads on any machine: paths begin in the trials' folder, the repository or the packages."""
+    for place in (folder, Path(sysconfig.get_path("purelib")), ROOT):
+        text = text.replace(f"{place}/", "")
+    return text
 
 
 def commit_of_trials(root: Path = ROOT) -> str:

@@ -229,3 +229,9 @@ def test_one_bit_is_flipped(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert [number for number, byte in enumerate(content) if byte] == [place]
     assert content[place].bit_count() == 1
+
+
+def test_a_detail_names_no_place_of_this_machine(tmp_path: Path) -> None:
+    text = f"{tmp_path}/trial/run and {ledger.ROOT}/vlm/x.py and {pytest.__file__}"
+    assert ledger.without_places(text, tmp_path) == "trial/run and vlm/x.py and pytest/__init__.py"
+    assert not [row for row in ledger.read() if str(ledger.ROOT) in row.detail]

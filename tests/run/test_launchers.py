@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import hosts
 from tests.hosts import Host
 from tests.run import launching
 from tests.slurm_cluster import NO_SLURM, Cluster, missing, running
@@ -90,14 +89,6 @@ def slurm() -> Iterator[Cluster]:
         pytest.skip(f"{NO_SLURM}: no {', '.join(missing())}")
     with running(nodes=2) as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
-    if reason := hosts.missing():
-        pytest.skip(f"{hosts.NO_HOSTS}: {reason}")
-    with hosts.running(2, tmp_path_factory.mktemp("hosts")) as both:
-        yield both
 
 
 def hostfile(folder: Path, *names: str, slots: int = 1) -> Path:

@@ -79,15 +79,16 @@ class RunLog:
         """
         if not self.active:
             return
+        told = plain(row)
         try:
-            self.stream.write(json.dumps(plain(row), allow_nan=False) + "\n")
+            self.stream.write(json.dumps(told, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(
                 f"{self.stream.name}: step {row['step']} could not be written ({error.strerror}): make room, then the "
                 "same command goes on from the last checkpoint"
             ) from error
         if self.wandb is not None:
-            self.wandb.log({k: v for k, v in plain(row).items() if isinstance(v, (int, float))}, row["step"])
+            self.wandb.log({k: v for k, v in told.items() if isinstance(v, (int, float))}, row["step"])
         if row["step"] % self.every == 0 or row["step"] in (1, self.total_steps):
             self.say(self._line(row))
 

@@ -37,7 +37,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 WAIT = 60_000  # milliseconds
-LENGTH = ["inputs.max_length=2000", "eval.generation.max_new_tokens=40"]
+LAYERS = 16  # with 2, an answer is all there before a browser on a busy machine has shown a few parts of it
+LENGTH = [f"model.llama.layers={LAYERS}", "inputs.max_length=2000", "eval.generation.max_new_tokens=40"]
 
 
 def start(folder: Path, *options: str, stdin: Any = subprocess.DEVNULL) -> subprocess.Popen[str]:
@@ -60,7 +61,7 @@ def start(folder: Path, *options: str, stdin: Any = subprocess.DEVNULL) -> subpr
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talker")
-    write_talker(folder)
+    write_talker(folder, layers=LAYERS)
     (folder / "clips").mkdir()
     write_clip(folder / "clips" / "red.mp4", (250, 30, 30))
     write_clip(folder / "clips" / "blue.mp4", (30, 30, 250), frames=9)

@@ -35,17 +35,18 @@ def overrides(folder: Path, *more: str) -> list[str]:
     ]
 
 
-def write_talker(folder: Path, ends: float = 0.0) -> Path:
+def write_talker(folder: Path, ends: float = 0.0, layers: int = 2) -> Path:
     """Write a language model to `folder`/llama, and a checkpoint of `RECIPE` on it, whose folder is returned.
 
     Args:
         ends: size of the end token's row of the output layer, where letters have 1: with 0 no answer ends by itself.
+        layers: of the language model, whose time for a token they are.
     """
     torch.manual_seed(7)
     llama = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             intermediate_size=64,
             vocab_size=320,
@@ -64,7 +65,7 @@ def write_talker(folder: Path, ends: float = 0.0) -> Path:
         head[ByteTokenizer.eos] = ends * torch.randn(32)
         llama.lm_head.weight.copy_(head)
     llama.save_pretrained(folder / "llama")
-    recipe = load(RECIPE, overrides(folder))
+    recipe = load(RECIPE, overrides(folder, f"model.llama.layers={layers}"))
     system = quiet(recipe)
     with torch.no_grad():
         for name, parameter in system.named_parameters():

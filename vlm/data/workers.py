@@ -136,8 +136,9 @@ class Loaded(Iterator[Any]):
 
     def at_work(self) -> list[tuple[str, str, float]]:
         """(label, about, seconds until now) of each sample that is being loaded; for any thread of this process."""
-        now, own = time.monotonic(), self._own.at
+        own = self._own.at
         places = [at for worker in list(self._crew.values()) if (at := worker.slot.look()) is not None]
+        now = time.monotonic()  # after all of them: a sample may have begun meanwhile
         here = [] if own is None else [(own[0], own[1], now - own[2])]
         return here + [(at.label, at.about, now - at.since) for at in places if at.state == SAMPLE]
 

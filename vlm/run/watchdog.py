@@ -35,7 +35,9 @@ BUSY_PHASES = ("build", "restore", "save", "metrics", "report")
 """In these one call can take minutes and says nothing meanwhile: there, time on the processor of any thread, and data
 from and to a disk, are signs of life too."""
 _BUSY = 0.05  # share of a processor from which a process counts as busy
-_LAST_RESORT = 5.0, 15.0  # seconds from the limit to a locked process's stacks, and from these to its end
+# Seconds from the limit to a locked process's stacks, and from these to its end. Before the first, others have let a
+# stopped process go on: stacks that are shown while Python runs can crash it (watchdog_timer).
+_LAST_RESORT = 15.0, 10.0
 _SILENCE = 5.0  # seconds without a beat from which a rank counts as silent, once the run hangs
 _MOST_TO_END = 28.0  # seconds from the alarm to the end, whatever happens
 _WRITING = 5.0  # seconds that a report may take to write: it may be the file system that hangs

@@ -26,6 +26,7 @@ from vlm.run.watchdog_report import Beat, Sight, Told
 GRACE = 8.0  # seconds that ranks have to tell what they know, once there is an alarm
 LINGER = 1.0  # seconds that rank 0, which keeps the store, stays after the report
 OBSERVERS = 2
+_AWAKE = 6.0  # seconds that a process which was stopped has to tell by itself where it is
 _ALARM, _LEADER, _DONE = "alarm", "leader", "done"
 
 
@@ -91,6 +92,7 @@ class Post(threading.Thread):
         self._told: Told | None = None
         self._clock, self._looked = 0.0, time.monotonic()  # seconds for which this process ran and the store answered
         self._alone = False
+        self._woken: dict[int, tuple[str, float]] = {}  # let go on: rank -> what it was, until when it may tell
         self.heard = time.monotonic()
         """When the store answered last."""
         self.alarm: Alarm | None = None
@@ -136,7 +138,8 @@ class Post(threading.Thread):
 
     def look_after_keeper(self) -> None:
         """The store does not answer: look at rank 0, which keeps it. If it was only stopped, it answers again."""
-        self.silent[0] = self._describe(self._keeper)
+        before = self.heard
+        self.silent[0] = self._describe(self._keeper, lambda: self.heard > before)
 
     def go_alone(self) -> None:
         """Make do with what this rank knows, since the store is lost: that rank 0 does not answer."""
@@ -227,7 +230,7 @@ class Post(threading.Thread):
         self.gathered = {one: report.from_plain(json.loads(text)) for one, text in zip(there, texts)}
         known = {int(one): text for tells in self.gathered.values() for one, text in tells.neighbours.items()}
         suspects = waited | set(self.alarm.sights if self.alarm else ())
-        self.silent = {one: known.get(one) or self._describe(self._hello(one)) for one in suspects}
+        self.silent = {one: known.get(one) or self._describe_rank(self._hello(one)) for one in suspects}
         self.ready.set()
 
     def _ask_neighbours(self) -> dict[str, str]:
@@ -238,7 +241,8 @@ class Post(threading.Thread):
         first = min(set(range(self._world.local_rank + 1)) - places, default=-1)
         if self._world.local_rank != first:
             return {}
-        return {str(hello[0]): self.silent.get(hello[0]) or self._describe(hello) for hello in silent}
+        self._let_go_on(silent)
+        return {str(hello[0]): self.silent.get(hello[0]) or self._describe_rank(hello) for hello in silent}
 
     def _hello(self, rank: int) -> list[Any]:
         if rank == 0 and self._keeper:
@@ -248,15 +252,40 @@ class Post(threading.Thread):
         except Exception:  # the store is gone: nothing is known
             return []
 
-    def _describe(self, hello: list[Any]) -> str:
-        """Where a silent rank is, and its state and stacks where this process may look at it."""
+    def _let_go_on(self, hellos: list[list[Any]]) -> None:
+        """Processes of this host that are stopped go on; all before the first is waited for."""
+        for rank, _, here, pid, _, _ in filter(None, hellos):
+            state = timer.state_of(pid)
+            if here == self._mine[2] and timer.go_on(pid):
+                self._woken[rank] = state, time.monotonic() + _AWAKE
+
+    def _describe_rank(self, hello: list[Any]) -> str:
+        return self._describe(hello, lambda: self._store.check([f"told/{hello[0]}"]))
+
+    def _describe(self, hello: list[Any], tells: Callable[[], bool]) -> str:
+        """Where a silent rank is, and its state and stacks where this process may look at it.
+
+        Args:
+            hello: of that rank.
+            tells: whether it tells by itself where it is; looked at where it was stopped.
+        """
         if not hello:
             return "nothing is known of it"
-        _, _, here, pid, descriptor, host = hello
+        rank, _, here, pid, descriptor, host = hello
         place = f"process {pid} of {host}"
         if here != self._mine[2]:
             return f"{place}, which no rank that answers shares; its stacks are on its own stderr if it still runs"
-        state = timer.state_of(pid)
-        timer.go_on(pid)
+        if rank not in self._woken:
+            self._let_go_on([hello])
+        state, until = self._woken.get(rank, (timer.state_of(pid), 0.0))
+        if rank in self._woken and _comes_true(tells, until):
+            return f"{place}, {state}; it was let go on, and tells where it is"
         found = timer.ask(pid, descriptor)
         return f"{place}, {state}" + (f"; its stacks:\n{found.rstrip()}" if found else "; it shows no stacks")
+
+
+def _comes_true(holds: Callable[[], bool], until: float) -> bool:
+    """Whether this holds before then, by the monotonic clock."""
+    while not (held := holds()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return held

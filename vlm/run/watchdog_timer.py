@@ -5,6 +5,9 @@ Three things that need no lock, all of them set up while all is well:
     faulthandler's timer    a C thread prints all stacks on stderr, where nobody put it off in time
     faulthandler's signal   all stacks into a nameless file, which another process of this host asks for and reads
     a POSIX timer           a C thread calls _exit(status), where nobody put it off in time
+
+The first two read what threads are at without the interpreter's lock. That is safe as long as something holds it for
+good; a process whose threads run meanwhile may crash, so nobody asks one that can tell by itself.
 """
 
 from __future__ import annotations
@@ -100,7 +103,8 @@ def here() -> str:
 
 
 def ask(pid: int, descriptor: int, seconds: float = 2.0) -> str:
-    """The stacks of another process of this host with a `LastResort`; "" where it gives none.
+    """The stacks of another process of this host with a `LastResort`; "" where it gives none. One that runs Python
+    meanwhile may crash (see above).
 
     Args:
         pid: the process.

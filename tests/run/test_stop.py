@@ -47,3 +47,45 @@ def test_a_signal_within_the_last_step_is_not_forgotten(shape_shards, tmp_path, 
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2]
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_test_within_training_is_broken_off_and_made_when_the_run_goes_on(
+    shape_shards, tmp_path, monkeypatch, capsys
+):
+    settings = ["eval.every=1", "eval.metric=top1", "eval.at_end=false"]
+    whole, stopped = (override(recipe_at(shape_shards, tmp_path / name), settings) for name in ("whole", "stopped"))
+    train(whole, "vit_llama.debug", [], HARDWARE, join())
+    capsys.readouterr()
+    testing = evaluate.is_best
+
+    def stop_in_test(number):
+        """Run on, with a signal while this many tests are behind it."""
+        tests = []
+
+        def is_best(recipe, engine, world, progress, *rest):
+            if len(tests) == number:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            tests.append(progress.step)
+            return testing(recipe, engine, world, progress, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "is_best", is_best)
+            train(stopped, "vit_llama.debug", [], HARDWARE, join())
+
+    # In the test of step 1, in that test when the run goes on with it, and in that of step 2, the last.
+    for number, step in ((0, 1), (0, 1), (1, 2)):
+        with pytest.raises(Preempted, match=f"SIGUSR1 came; saved at step {step}"):
+            stop_in_test(number)
+        said = capsys.readouterr().out
+        assert f"the test of step {step} was stopped by a signal" in said
+        assert f"step {step}: top1" not in said
+        assert state_of(stopped, step)["untested"]
+    train(stopped, "vit_llama.debug", [], HARDWARE, join())
+    assert "step 2: top1" in capsys.readouterr().out
+    assert not state_of(whole, 2)["untested"]
+    best = (stopped.run_dir / "checkpoints" / "best").read_text()
+    assert best == (whole.run_dir / "checkpoints" / "best").read_text()
+
+
+def state_of(recipe, step):
+    return json.loads((recipe.run_dir / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())

@@ -30,7 +30,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlm.distributed import stop_together
+from vlm.distributed import from_main, stop_together
 from vlm.run import checkpoint_files, zero_state
 from vlm.run.checkpoint_files import MANIFEST, named, remove_unfinished
 from vlm.run.checkpoint_files import steps as steps  # told under this name too
@@ -55,6 +55,7 @@ class Progress:
     best_metric: float | None = None
     best_step: int | None = None
     quarantined: list[tuple[str, str, str]] = field(default_factory=list)
+    untested: bool = False  # a signal ended the test that belongs to this step (eval.every)
 
 
 class Saver:
@@ -126,6 +127,7 @@ class Saver:
             "quarantined": progress.quarantined,
             "best_metric": progress.best_metric,
             "best_step": progress.best_step,
+            "untested": progress.untested,
             **about,
         }
         model = self.engine.model
@@ -135,6 +137,21 @@ class Saver:
         self._job.start()
         self._told["save_stall"] = self._told.get("save_stall", 0.0) + time.monotonic() - began
         return final
+
+    def mark_best(self, step: int) -> None:
+        """Let `best` name the checkpoint of this step, which is there already. Collective.
+
+        Raises:
+            UserError: on every rank; it could not be written.
+        """
+
+        def mark() -> None:
+            try:
+                checkpoint_files._point_best(self.root, f"step-{step:08d}")
+            except OSError as error:
+                raise UserError(f"{self.root / 'best'}: cannot be written ({error.strerror}): make room") from error
+
+        from_main(self.engine.world, mark)
 
     def figures(self) -> dict[str, float]:
         """What saves cost training since this was last asked: seconds of copying (`save_stall`) and, where one had to

@@ -132,6 +132,11 @@ def _point_latest(root: Path, name: str) -> None:
     replace_file(root / "latest", f"{name}\n".encode())
 
 
+def _point_best(root: Path, name: str) -> None:
+    """Let `best` name it."""
+    replace_file(root / "best", f"{name}\n".encode())
+
+
 def _prune(root: Path, keep: int, written: str) -> None:
     """Remove all but the one just `written`, the `keep` - 1 before it and the best.
 

@@ -186,7 +186,7 @@ class Job:
         files._rename(folder, self.final)
         files._point_latest(root, name)
         if self._facts.is_best:
-            replace_file(root / "best", f"{name}\n".encode())
+            files._point_best(root, name)
         files._prune(root, self._facts.keep, name)
 
     def _manifest(self, folder: Path, hashes: list[dict[tuple[str, str], str]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from vlm.config import to_dict
 from vlm.data.loader import TestItem, eval_loader
 from vlm.data.shards import ShardSet
-from vlm.distributed import World, from_main, gather_objects, share, stop_together
+from vlm.distributed import World, from_main, gather_objects, share, stop_together, sum_over_ranks
 from vlm.files import write_json, write_text
 from vlm.metrics import caption
 from vlm.metrics.segments import names_of_kinds
@@ -27,6 +27,14 @@ from vlm.run.run_folder import Rows, metrics_of
 from vlm.run.streams import open_shards
 from vlm.run.watchdog import NOBODY, Heart
 from vlm.types import Segmentation, UserError, Writing
+
+
+class Interrupted(Exception):
+    """A test was to stop, and has on every rank together; nothing of it is kept."""
+
+
+def _nobody() -> bool:
+    return False
 
 
 def run(
@@ -100,12 +108,24 @@ def run(
 
 
 def is_best(
-    recipe: Recipe, engine: Any, world: World, progress: Progress, say: Callable[[str], None], heart: Heart = NOBODY
+    recipe: Recipe,
+    engine: Any,
+    world: World,
+    progress: Progress,
+    say: Callable[[str], None],
+    heart: Heart = NOBODY,
+    asked: Callable[[], bool] = _nobody,
 ) -> bool:
-    """Evaluate without probes; whether the recipe's metric is the best so far (noted in `progress`)."""
+    """Evaluate without probes; whether the recipe's metric is the best so far (noted in `progress`).
+
+    Args:
+        asked: whether to stop; asked before each batch.
+    Raises:
+        Interrupted: on every rank; a rank was to stop.
+    """
     assert recipe.eval is not None
     shards = open_shards(recipe.data, recipe.eval.shards)
-    rows, unscored, _ = score(recipe, engine, world, shards, (), say, heart)
+    rows, unscored, _ = score(recipe, engine, world, shards, (), say, heart, asked)
     config = recipe.eval
 
     def measure() -> dict[str, float]:
@@ -125,7 +145,7 @@ def is_best(
         raise UserError(f"eval.metric={recipe.eval.metric}: this evaluation has {', '.join(metrics)}")
     value = metrics[recipe.eval.metric]
     say(f"step {progress.step}: {recipe.eval.metric} {value:.4f} on {len(rows)}, unscored {len(unscored)}")
-    if progress.best_metric is not None and value <= progress.best_metric:
+    if math.isnan(value) or (progress.best_metric is not None and value <= progress.best_metric):
         return False
     progress.best_metric, progress.best_step = value, progress.step
     return True
@@ -140,6 +160,7 @@ def score(
     probes: tuple[str, ...],
     say: Callable[[str], None],
     heart: Heart = NOBODY,
+    asked: Callable[[], bool] = _nobody,
 ) -> tuple[Rows, list[dict[str, Any]], dict[str, int]]:
     """(rows of predictions.jsonl in the order of the shards, records that could not be read with their reasons, what
     had to be cut of rows of text); whole on rank 0.
@@ -173,7 +194,11 @@ def score(
         heart.phase("load")
         group, problem = _next_group(loader, config.batch_size, task)
         heart.phase("collective", keys=[item.key for item in group])
-        stop_together(problem, world.device)
+        failed, stopping = sum_over_ranks([float(problem is not None), float(asked())], world.device)
+        if failed:
+            stop_together(problem, world.device)
+        if stopping:
+            raise Interrupted
         heart.phase("evaluate")
         unscored += [{"key": item.key, "reason": item.reason, "lost": item.lost} for item in group if item.reason]
         good = [item for item in group if not item.reason]

@@ -1,5 +1,5 @@
-"""A run is told to stop by a signal: it saves at the next step boundary, ends with status 85, and goes on when the same
-command is given again (slurm/env.sh requeues it).
+"""A run is told to stop by a signal: it saves at the next step boundary, for which a test within training is broken
+off, ends with status 85, and goes on when the same command is given again (slurm/env.sh requeues it).
 
 SIGUSR1 comes ahead of a time limit (`sbatch --signal`), SIGTERM when a job is preempted, or from a launcher that ends.
 """
@@ -28,6 +28,10 @@ class Stop:
         self.waits = False
         """Whether somebody looks at `asked` (the training loop)."""
         self._before: dict[int, Any] = {}
+
+    def is_asked(self) -> bool:
+        """Whether a signal came to this process."""
+        return self.asked is not None
 
     def __enter__(self) -> Stop:
         for number in SIGNALS:

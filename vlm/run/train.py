@@ -131,6 +131,8 @@ def _train_steps(
     audit = Audit(engine, recipe.audit_steps, log.say)
     saved_at = progress.step
     stop.waits, stopping = True, False
+    if progress.untested and _is_best(recipe, engine, progress, log, stop):
+        saver.mark_best(progress.step)
 
     for step in range(progress.step, total_steps):
         started = time.monotonic()
@@ -173,7 +175,7 @@ def _train_steps(
             audit.after_step(step, learning_rate(step), micro_batches, result.counts)
         is_best = False
         if recipe.eval is not None and recipe.eval.every and progress.step % recipe.eval.every == 0:
-            is_best = evaluate.is_best(recipe, engine, world, progress, log.say, heart)
+            is_best = _is_best(recipe, engine, progress, log, stop)
         due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
         if due or is_best or went_back or progress.step == total_steps:
             heart.phase("save")
@@ -186,11 +188,23 @@ def _train_steps(
         saver.save(progress, _about(recipe, world, engine, guard))
     saver.wait()
     # A signal that came within the last step: what follows is no part of a step, and may take longer than is left.
-    asked = sum_over_ranks([float(stop.asked is not None)], world.device)[0]
+    asked = sum_over_ranks([float(stop.is_asked())], world.device)[0]
     stop.waits = False
     if stopping or asked:
         raise Preempted(f"{stop.asked or 'a signal to another rank'} came; saved at step {progress.step}")
     audit.finish()
+
+
+def _is_best(recipe: Recipe, engine: Engine, progress: Progress, log: RunLog, stop: Stop) -> bool:
+    """Test; whether this step has the best metric so far. A signal ends the test, which is noted in `progress`."""
+    progress.untested = True
+    try:
+        found = evaluate.is_best(recipe, engine, engine.world, progress, log.say, engine.heart, stop.is_asked)
+        progress.untested = False
+        return found
+    except evaluate.Interrupted:
+        log.say(f"the test of step {progress.step} was stopped by a signal; it is made when the run goes on")
+        return False
 
 
 def _open_saver(recipe: Recipe, engine: Engine, log: RunLog) -> Saver:
@@ -231,7 +245,7 @@ def _agree(problem: UserError | None, stop: Stop, micro_batches: list[MicroBatch
     Raises:
         UserError: on every rank; a rank has a problem.
     """
-    mine = [problem is not None, stop.asked is not None, bool(met(micro_batches))]
+    mine = [problem is not None, stop.is_asked(), bool(met(micro_batches))]
     failed, stopping, incidents = sum_over_ranks([float(flag) for flag in mine], world.device)
     if failed:
         stop_together(problem, world.device)
@@ -295,6 +309,7 @@ def _progress(state: dict[str, Any]) -> Progress:
         best_metric=state.get("best_metric"),
         best_step=state.get("best_step"),
         quarantined=list(state.get("quarantined", [])),
+        untested=state.get("untested", False),
     )
 
 

@@ -21,7 +21,8 @@ in_tasks() {
 #                         saves and ends with 85. Always queued again.
 #   86                    a run that hung and told so; also a node that is lost, and a task that was killed (memory, a
 #                         crash, NCCL's watchdog) or that a signal ended before it could save. Queued again
-#                         VLM_MAX_REQUEUES times (10), counted in the job's comment.
+#                         VLM_MAX_REQUEUES times (10), counted in the job's comment, anew after a start that ran
+#                         for six hours: it is no fault that comes each time.
 # What was cancelled, or failed in another way, is not.
 supervise() {
     local said errors copier running='' status _
@@ -85,6 +86,7 @@ requeue_if_few() {
     local most=${VLM_MAX_REQUEUES:-10} count comment
     comment=$(scontrol show job "$this_job" | sed -n 's/ *$//; s/^ *Comment=\((null)\)\?//p')
     count=$(sed -n 's/.*failures:\([0-9]*\)$/\1/p' <<<"$comment")
+    ((SECONDS < 6 * 3600)) || count=0
     count=$((${count:-0} + 1))
     if ((count > most)); then
         echo "slurm: $1, after $most requeues for such reasons (VLM_MAX_REQUEUES): not queued again"

@@ -185,6 +185,10 @@ ENDINGS = {
     ),
     "hung again": ({"ENDS": "86", "COMMENT": "my own failures:9"}, 86, "the run hung (10 of 10)", "my own failures:10"),
     "hung too often": ({"ENDS": "86", "COMMENT": "failures:10"}, 86, None, ""),
+    "hung, after a day": (
+        {"ENDS": "86", "COMMENT": "my own failures:10", "SECONDS": "86400"},
+        *(86, "the run hung (1 of 10)", "my own failures:1"),
+    ),
     "hung, which may not be": ({"ENDS": "86", "VLM_MAX_REQUEUES": "0"}, 86, None, ""),
     "signal while it loads": ({"ENDS": "138"}, 138, "ended by a signal (1 of 10)", "failures:1"),
     "preempted while it loads": (

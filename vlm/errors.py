@@ -15,10 +15,32 @@ class Stuck(UserError):
     """A file system does not answer: another start, on other hosts or later, may do."""
 
 
+class DamagedMemory(FloatingPointError):
+    """Tensors in memory are no longer what they were: another start loads them anew."""
+
+
 class Preempted(Exception):
     """The run was told to stop (a signal), has saved, and goes on when the same command is given again."""
 
 
 PREEMPTED, HUNG = 85, 86
 """Exit statuses that ask for the same command again: stopped by a signal and saved; stalled (also a file
-system that a checkpoint goes to), or processes that did not find one another, told and ended."""
+system that a checkpoint goes to), processes that did not find one another, or a machine that fails, told and ended."""
+
+# What CUDA's errors say (the runtime API's cudaError) that are a device's own fault; not those that a program's mistake
+# or the end of another process can give (illegal address, launch failure, out of memory, NCCL's).
+_OF_A_DEVICE = (
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "hardware error",
+    "hardware stack error",
+    "no CUDA-capable device",
+    "busy or unavailable",
+    "system not yet initialized",
+)
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether a GPU says that it has failed: another start, on other hosts, may do."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and "CUDA" in text and any(part in text for part in _OF_A_DEVICE)

@@ -22,7 +22,7 @@ BACK = (
     "started again at the first try, it is equal to the bit to a run with the same fault that is not killed"
 )
 ENDS = (
-    "the run ends with status 3 and names the tensor, the step and the samples, before anything is learnt with it; "
+    "the run ends and names the tensor, the step and the samples, before anything is learnt with it; "
     "restart at the first try; weights, moments and samples equal to the uninterrupted run to the bit"
 )
 Spoil = Callable[[Any, Any], tuple[Any, list[Any]]]

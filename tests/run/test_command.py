@@ -10,7 +10,7 @@ import warnings
 import pytest
 from launching import ROOT
 
-from vlm.errors import HUNG, NoRendezvous, Stuck
+from vlm.errors import HUNG, DamagedMemory, NoRendezvous, Stuck
 from vlm.recipe import families
 from vlm.run import command
 from vlm.run.command import evaluate_main, place, train_main
@@ -141,6 +141,23 @@ def test_what_another_start_may_mend_asks_for_one(kind, monkeypatch, capsys):
     monkeypatch.setattr(command, "_train", raising(kind("rank 1 did not come")))
     assert train_main(["--recipe", "vit_llama.demo"]) == HUNG
     assert capsys.readouterr().err == "error: rank 1 did not come\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (DamagedMemory("inf"), HUNG),
+        (FloatingPointError("the budget is spent"), 3),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA`"), HUNG),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), 1),  # a program's mistake too
+        (RuntimeError("NCCL error: remote process exited or there was a network error"), 1),  # another rank's end
+        (ValueError("CUDA error: uncorrectable ECC error encountered"), 1),
+    ],
+)
+def test_a_machine_that_fails_asks_for_another_start(error, status, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_train", raising(error))
+    assert train_main(["--recipe", "vit_llama.demo"]) == status
+    assert str(error).splitlines()[0] in capsys.readouterr().err
 
 
 def test_an_error_of_all_processes_is_told_once(monkeypatch, capsys):

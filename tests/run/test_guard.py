@@ -9,6 +9,7 @@ import pytest
 from launching import run
 
 from vlm.distributed import join
+from vlm.errors import DamagedMemory
 from vlm.recipe import GuardConfig, Recipe
 from vlm.run import checkpoint
 from vlm.run.checkpoint import Progress, Saver
@@ -124,8 +125,12 @@ def test_what_is_damaged_in_memory_is_named(engine, tmp_path):
     try:
         named = not_finite(engine)
         guard, _ = make_guard(engine, tmp_path)
-        with pytest.raises(FloatingPointError, match=rf"damaged, with inf or nan: .*{frozen}.*loads them anew"):
+        told = rf"damaged, with inf or nan: .*{frozen}.*loads them anew"
+        with pytest.raises(DamagedMemory, match=told):
             guard.after_step(bad("loss", loss=math.nan), 3, NoSaver(tmp_path))
+        with pytest.raises(FloatingPointError, match=told) as error:  # it was loaded so
+            guard.after_step(bad("loss", loss=math.nan), 1, NoSaver(tmp_path))
+        assert not isinstance(error.value, DamagedMemory)
     finally:
         for name, value in kept.items():
             parameters[name].data.copy_(value)
@@ -134,7 +139,7 @@ def test_what_is_damaged_in_memory_is_named(engine, tmp_path):
         f"{frozen} (rank 0)",
         f"{trained} (its fp32 master) (rank 0)",
     ]
-    assert [row["step"] for row in lines(tmp_path)] == [3], "the step is told all the same"
+    assert [row["step"] for row in lines(tmp_path)] == [3, 1], "the step is told all the same"
 
 
 @pytest.mark.parametrize(("stage", "precision", "kind"), [(0, "fp32", "gradient"), (2, "fp32", "loss")])

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from vlm.config import describe, to_dict
 from vlm.data.mix import is_elsewhere, parse_mix
-from vlm.errors import HUNG, PREEMPTED, NoRendezvous, Preempted, Stuck, UserError
+from vlm.errors import HUNG, PREEMPTED, DamagedMemory, NoRendezvous, Preempted, Stuck, UserError, is_of_the_machine
 from vlm.recipe import Recipe, TrainData, as_continued, check_files, check_inputs, check_name, families, load, names
 
 _TRAIN_PAGE = """\
@@ -172,14 +172,15 @@ def _guarded(job: Job, parser: _Parser, arguments: list[str] | None) -> int:
             return PREEMPTED
         except FloatingPointError as error:
             _tell(f"stopped: {error}")
-            return 3
+            return HUNG if isinstance(error, DamagedMemory) else 3
         except OSError as error:
             if error.filename is None or error.strerror is None:
                 return _crashed()  # no file of the user's: a connection, a queue
             _tell(f"error: {error.filename}: {error.strerror}")
             return 2
-        except Exception:
-            return _crashed()
+        except Exception as error:
+            status = _crashed()
+            return HUNG if is_of_the_machine(error) else status
     return 0
 
 

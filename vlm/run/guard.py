@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vlm.distributed import from_main, gather_objects, share_object
+from vlm.errors import DamagedMemory
 from vlm.recipe import GuardConfig, Recipe
 from vlm.run import checkpoint, restore, zero_state
 from vlm.run.checkpoint import Saver
@@ -53,6 +54,7 @@ class Guard:
     ) -> None:
         self.config: GuardConfig = recipe.guard
         self.engine, self.say, self.path = engine, say, recipe.run_dir / NAME
+        self._first_step = first_step
         known = known or {}
         self.norms: list[float] = list(known.get("norms", ()))[-self.config.window :]
         self.skipped: list[int] = list(known.get("skipped", ()))
@@ -80,7 +82,8 @@ class Guard:
         Returns:
             whether the run went back to a checkpoint, and is to write one now.
         Raises:
-            FloatingPointError: on every rank: the budget is spent, or tensors in memory are damaged.
+            FloatingPointError: on every rank: the budget is spent, or what was loaded holds inf or nan.
+            DamagedMemory: on every rank: tensors hold what nobody gave them.
         """
         if result.skipped is None:
             if result.grad_norm > 0:  # a batch without anything to learn says nothing about norms
@@ -91,7 +94,8 @@ class Guard:
         damaged = not_finite(self.engine) if result.skipped != "spike" else []
         if damaged:
             saver.wait()
-            raise FloatingPointError(
+            # In the first step after a start it was loaded so, most likely, and another start would load it again.
+            raise (FloatingPointError if step == self._first_step + 1 else DamagedMemory)(
                 f"{what}. Tensors in memory are damaged, with inf or nan: {', '.join(damaged)}. Nothing was learnt "
                 "with them. The same command loads them anew; if it comes to the same, the file that they come from is "
                 "damaged, or memory is"

@@ -17,7 +17,7 @@ import torch
 
 from tests.data import worker_datasets as datasets
 from tests.encoded import encode, pictures
-from vlm.data import nursery
+from vlm.data import nursery, workers
 from vlm.data.messages import Packed, pair, receive, send
 from vlm.data.video import decode
 from vlm.data.worker_process import own_memory
@@ -46,10 +46,10 @@ def reasons(dataset, workers=2, **options):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_sample_that_hangs_or_crashes_costs_itself_alone(workers):
     deeds = {0: "segfault", 5: "hang", 8: "abort", 9: "exit", 17: "killed", 23: "segfault"}
-    told, counts = reasons(datasets.Samples(deeds), workers, sample_seconds=0.5)
+    told, counts = reasons(datasets.Samples(deeds), workers, sample_seconds=2.0)
     assert told == {
         0: "the process that loaded it died: SIGSEGV",
-        5: "took more than 0.5 s to load",
+        5: "took more than 2 s to load",
         8: "the process that loaded it died: SIGABRT",
         9: "the process that loaded it died: exit code 3",
         17: "the process that loaded it died: SIGKILL, twice",
@@ -66,14 +66,15 @@ def test_a_process_that_someone_kills_costs_nothing(tmp_path):
 def test_all_processes_killed_cost_nothing():
     loader = loaded(datasets.Slow(), range(30), workers=4)
     found = [next(loader) for _ in range(3)]
-    for at in (worker.slot.read() for worker in loader._crew.values()):
-        os.kill(at.pid, signal.SIGKILL)
+    for pid in pids_of(loader):  # one that has not started yet has the number 0, which means all of this process's group
+        os.kill(pid, signal.SIGKILL)
     os.kill(nursery.nursery()._process.pid, signal.SIGKILL)
     found += loader
     assert [item for item, _ in found] == list(range(30))
 
 
-def test_a_process_that_stood_still_with_the_others_is_not_blamed():
+def test_a_process_that_stood_still_with_the_others_is_not_blamed(monkeypatch):
+    monkeypatch.setattr(workers, "_GRACE", 1.0)  # of the second that it has: a busy machine may be slow to wake it
     loader = loaded(datasets.Slow(), range(8), workers=1, sample_seconds=1.0)
     first = next(loader)
     os.kill(first[1], signal.SIGSTOP)  # the whole job is suspended …
@@ -118,10 +119,10 @@ def test_a_decoder_that_fails_hands_over_or_costs_one_sample(again):
     """decord that raises hands over to PyAV at once; decord that hangs or crashes does so where PyAV is tried again."""
     clip = encode(pictures(12))
     deeds = {1: "raise", 3: "hang", 4: "segfault"}
-    found = list(loaded(datasets.Clips(clip, deeds, again), range(8), sample_seconds=1.0))
+    found = list(loaded(datasets.Clips(clip, deeds, again), range(8), sample_seconds=3.0))
     lost = {item: reason for item, (reason, _) in enumerate(found) if reason}
     died = "the process that loaded it died: SIGSEGV"
-    assert lost == ({} if again else {3: "took more than 1 s to load", 4: died})
+    assert lost == ({} if again else {3: "took more than 3 s to load", 4: died})
     expected = torch.from_numpy(decode(clip, [0, 7]))
     assert all(torch.equal(frames, expected) for reason, frames in found if not reason)
 
@@ -205,7 +206,7 @@ def pids_of(loader) -> list[int]:
     return pids
 
 
-def gone(pids, seconds=10.0) -> bool:
+def gone(pids, seconds=60.0) -> bool:
     """Whether all these processes end soon (what nobody has waited for counts as ended)."""
 
     def alive(pid: int) -> bool:
@@ -253,6 +254,7 @@ def test_ten_thousand_items_leave_nothing_behind():
         resident = int(re.search(r"RssAnon:\s+(\d+)", lines)[1]) / 1024
         return resident, len(os.listdir("/proc/self/fd")), maps.count("memfd:vlm-message")  # noqa: PTH208
 
+    gc.collect()  # what tests before this one left holds no file that is closed meanwhile
     loader = loaded(datasets.Cheap(), range(10_000), workers=2)
     for place, item in enumerate(loader):
         assert item["item"] == place
@@ -310,6 +312,7 @@ def test_messages_keep_what_tensors_are():
 
 def test_messages_of_any_length():
     here, there = pair()
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for length in (0, 10, 16 << 10, 47 << 10, 49 << 10, 1 << 20):
         for size in (1, 20_000, 1 << 20):
@@ -382,7 +385,10 @@ def names_held(pids) -> set[str]:
     found = set()
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            target = str(link.readlink())
+            try:
+                target = str(link.readlink())
+            except FileNotFoundError:  # closed meanwhile: a message on its way
+                continue
             if target.startswith("socket:"):
                 found.add(unix.get(target[8:-1], ""))
             elif target.startswith("/dev/shm"):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistNetworkError, TCPStore
+from torch.distributed import DistError, DistNetworkError, TCPStore
 
 from vlm.distributed import World, barrier, from_main
 from vlm.run import watchdog_report as report
@@ -173,6 +173,7 @@ class Post(threading.Thread):
                     self._store.wait(names, timedelta(seconds=LINGER))
 
     def run(self) -> None:
+        told = False
         while not self._closed.wait(self._tick if self._told is None else 0.05):
             # A store that fails is seen by how long it has not answered; what it raises depends on how it failed.
             try:
@@ -181,8 +182,12 @@ class Post(threading.Thread):
                     return self._gather(self._told)
             except DistNetworkError:  # the connection is gone, and with it the process that keeps the store
                 return
-            except Exception:
+            except DistError:
                 continue
+            except Exception as error:  # a fault of ours, which would look like a rank that is silent
+                if not told:
+                    os.write(2, f"warning: rank {self._world.rank}: the watchdog cannot tell: {error!r}\n".encode())
+                told = True
 
     def _round(self) -> None:
         store, now = self._store, time.monotonic()

@@ -22,10 +22,16 @@ from vlm.meeting import _choose_interface, _ranges, open_meeting
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
-import os, sys
+import os, sys, time
 from vlm.distributed import join, leave, sum_over_ranks
 from vlm.errors import HUNG, NoRendezvous
 from vlm.run.command import _tell
+if "TOGETHER" in os.environ:
+    import deepspeed  # what takes long to import is there, so that all come within the same moment
+    folder, count = os.environ["TOGETHER"].split()
+    open(f"{folder}/came.{os.environ['RANK']}", "x").close()
+    while len(os.listdir(folder)) < int(count):
+        time.sleep(0.01)
 try:
     world = join()
 except NoRendezvous as error:
@@ -55,7 +61,7 @@ def start(environ: dict[str, str]) -> subprocess.Popen[str]:
 def outcome(process: subprocess.Popen[str], status: int) -> list[str]:
     """The lines that a process wrote."""
     try:
-        printed, _ = process.communicate(timeout=90)
+        printed, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -92,10 +98,11 @@ def test_what_the_user_says_of_interfaces_stays(monkeypatch: pytest.MonkeyPatch)
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo", "exactly this one, in NCCL's words"
 
 
-def test_one_who_does_not_come_is_named() -> None:
+def test_one_who_does_not_come_is_named(tmp_path: Path) -> None:
     """Two of three come: one line, by rank 0, on time; and none of what torch's sockets say."""
     port = rendezvous.free_port()
-    both = [start(place(rank, 3, "127.0.0.1", port, VLM_RENDEZVOUS_SECONDS="3")) for rank in (0, 2)]
+    more = {"VLM_RENDEZVOUS_SECONDS": "3", "TOGETHER": f"{tmp_path} 2"}
+    both = [start(place(rank, 3, "127.0.0.1", port, **more)) for rank in (0, 2)]
     line, last = (outcome(process, HUNG) for process in both)
     assert len(line) == len(last) == 1
     assert line[0].startswith(f"error: rank 0 on host {socket.gethostname()}, started by deepspeed: of 3 processes, ")

@@ -199,14 +199,15 @@ def _roll_call(meeting: Meeting, store: dist.Store, way: rendezvous.Way | None) 
     else:
         try:
             store.wait(["called"], timedelta(seconds=meeting.seconds + GRACE_SECONDS))
+            found = json.loads(store.get("called"))
         except RuntimeError as error:
             raise NoRendezvous(
                 f"{meeting.who}: reached MASTER_ADDR={meeting.address} MASTER_PORT={meeting.port}, but rank 0 did not "
                 f"come there within {meeting.seconds:g} s. Mend: look for the message of rank 0 or of its host; "
                 f"{rendezvous.LIMIT}=N waits longer"
             ) from error
-        found = json.loads(store.get("called"))
     if found["missing"]:
+        _hear(meeting, store, found)
         raise NoRendezvous(_absent(meeting, found))
     if found["networks"] > 1:
         _choose_interface(meeting, about, found)
@@ -236,6 +237,16 @@ def _call(meeting: Meeting, store: dist.Store) -> dict[str, Any]:
         "doubt": _doubt(meeting) if missing and not meeting.is_served else "",
         "other": others[0] if others else None,
     }
+
+
+def _hear(meeting: Meeting, store: dist.Store, found: dict[str, Any]) -> None:
+    """Rank 0, whose end is the store's, waits until all who came know who did not; else some would not be told."""
+    with contextlib.suppress(RuntimeError):
+        if meeting.rank:
+            store.set(f"heard/{meeting.rank}", "")
+        elif not meeting.is_served:
+            others = [f"heard/{rank}" for ranks in found["hosts"].values() for rank in ranks if rank]
+            store.wait(others or ["called"], timedelta(seconds=min(meeting.seconds, GRACE_SECONDS)))
 
 
 def _absent(meeting: Meeting, found: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def clean(monkeypatch):
 
 
 def result_of(command):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(line for line in done.stdout.splitlines() if "RESULT" in line).split("RESULT ")[1]
 

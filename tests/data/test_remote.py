@@ -235,13 +235,14 @@ def test_an_index_that_comes_in_parts_goes_on_where_it_broke(
 
 def test_silence_is_not_waited_for(server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = ShardSet(server.url, cache=tmp_path / "cache", retries=1)
-    monkeypatch.setattr(remote_sources, "SILENCE", 0.2)
+    monkeypatch.setattr(remote_sources, "SILENCE", 1.0)  # in which an answer comes also on a busy machine
     server.faults = {shard_name(0): ["stall", "", "stall", "stall"]}
     assert shards.read(0).key == "clip0"
+    monkeypatch.setattr(remote_sources, "SILENCE", 0.2)
     start = time.monotonic()
     with pytest.raises(ShardGoneError, match=r"shard-000000.tar cannot be had: no byte came for 0.2 s"):
         shards.read(1)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 15  # the server would be silent for 20
 
 
 def test_a_shard_that_vanished_is_named_and_asked_for_no_longer_than_told(
@@ -335,11 +336,11 @@ def test_a_file_system_that_hangs_is_left_behind(
 ) -> None:
     shards = ShardSet("s3://bucket/team/clips", cache=tmp_path / "cache", retries=1)
     monkeypatch.setattr(remote_sources, "SILENCE", 0.1)
-    services.pause = 1.0
+    services.pause = 8.0
     start = time.monotonic()
     with pytest.raises(ShardGoneError, match="cannot be had: no answer within"):
         shards.read(0)
-    assert time.monotonic() - start < 0.9
+    assert time.monotonic() - start < 7
 
 
 # Opening -------------------------------------------------------------------------------------------------------------
@@ -430,8 +431,11 @@ def test_a_command_that_fails_is_named_and_leaves_nothing_running(
     (tmp_path / "after").write_text("sleep 3013")
     with pytest.raises(ShardGoneError, match=r"pipe:cat .*/shard-000001.tar; .* cannot be had: the command gave \d+"):
         shards.read(8)
-    time.sleep(0.1)
-    assert ["sleep", "3013"] not in [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    until = time.monotonic() + 30
+    while ["sleep", "3013"] in [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    monkeypatch.setattr(remote_sources, "SILENCE", 10.0)
     (tmp_path / "after").write_text("exit 3")
     with pytest.raises(ShardGoneError, match=r"exit code 3 after \d+ bytes"):
         shards.read(8)
@@ -492,6 +496,7 @@ def test_the_cache_keeps_its_bound_and_what_was_used_last(server: FaultyServer, 
     for row in range(ROWS):
         shards.read(row)
         shards.read(0)
+        time.sleep(0.002)  # times of files are as coarse as the kernel's ticks, of up to 10 ms
         assert taken(cache) <= bound
     assert server.asked(shard_name(0)) == 6  # record 0 was never fetched again
     server.requests.clear()
@@ -638,7 +643,7 @@ def test_a_kill_in_the_middle_of_fetching_leaves_nothing_that_blocks(
     slow = f"pipe:head -c 5000 {copy}/{{}}; case {{}} in shard*) cat {fifo};; *) tail -c +5001 {copy}/{{}};; esac"
     process, told = reader(slow, cache, 20 << 20, 1, 0)
     assert told.get(timeout=60) == 0
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while not list((cache / "unfinished").iterdir()):
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -17,7 +17,7 @@ import torch
 
 from tests.data import worker_datasets as datasets
 from tests.encoded import encode, pictures
-from vlm.data import nursery, workers
+from vlm.data import nursery
 from vlm.data.messages import Packed, pair, receive, send
 from vlm.data.video import decode
 from vlm.data.worker_process import own_memory
@@ -66,7 +66,7 @@ def test_a_process_that_someone_kills_costs_nothing(tmp_path):
 def test_all_processes_killed_cost_nothing():
     loader = loaded(datasets.Slow(), range(30), workers=4)
     found = [next(loader) for _ in range(3)]
-    for pid in pids_of(loader):  # one that has not started yet has the number 0, which means all of this process's group
+    for pid in pids_of(loader):  # all have started: 0, which one shows before, would be this process's group
         os.kill(pid, signal.SIGKILL)
     os.kill(nursery.nursery()._process.pid, signal.SIGKILL)
     found += loader
@@ -74,7 +74,7 @@ def test_all_processes_killed_cost_nothing():
 
 
 def test_a_process_that_stood_still_with_the_others_is_not_blamed(monkeypatch):
-    monkeypatch.setattr(workers, "_GRACE", 1.0)  # of the second that it has: a busy machine may be slow to wake it
+    monkeypatch.setattr("vlm.data.workers._GRACE", 1.0)  # a busy machine may be slow to wake it
     loader = loaded(datasets.Slow(), range(8), workers=1, sample_seconds=1.0)
     first = next(loader)
     os.kill(first[1], signal.SIGSTOP)  # the whole job is suspended …

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -208,8 +207,8 @@ def test_pace() -> None:
     for thread in threads:
         thread.join()
     times.sort()
-    assert times[0] - start >= 0.05
-    assert all(later - earlier >= 0.008 for earlier, later in itertools.pairwise(times))
+    # A thread may go on late when its turn has come, and then the gap to the next is short.
+    assert all(at - start >= 0.05 + 0.0099 * turn for turn, at in enumerate(times))
     pace.hold(100)
     pace.stopped.set()
     with pytest.raises(Unanswered, match="the run was ended"):

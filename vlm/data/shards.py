@@ -11,6 +11,7 @@ and, last of all, the manifest (`shard_join`).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -245,9 +246,15 @@ def remove_work(out: Path) -> None:
     """Remove what only an unfinished set needs, and an empty `out`."""
     work = out / layout.UNFINISHED
     with suppress(FileNotFoundError):  # another task removes it too
-        for path in work.iterdir():
-            path.unlink(missing_ok=True)
-        work.rmdir()
+        for left in reversed(range(10)):
+            for path in work.iterdir():
+                path.unlink(missing_ok=True)
+            try:
+                work.rmdir()
+                break
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY or not left:  # a task that was thought dead writes there still
+                    raise
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
 

@@ -42,7 +42,7 @@ def end(process: subprocess.Popen) -> None:
         process.communicate()
 
 
-def run(arguments: list[str], processes: int = 1, expect: int = 0, timeout: float = 300) -> str:
+def run(arguments: list[str], processes: int = 1, expect: int = 0, timeout: float = 900) -> str:
     """Run a script of ours to its end and return what it printed."""
     process = start(arguments, processes)
     try:

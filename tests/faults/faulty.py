@@ -59,11 +59,17 @@ ACTS: dict[str, Callable[[Spec], Any]] = {
 }
 
 
-def inject(spec: Spec) -> None:
-    """Have the spec's fault happen in this process when it comes to its point."""
+def inject(spec: Spec) -> Callable[[], None]:
+    """Have the spec's fault happen in this process when it comes to its point. What this returns waits for a fault that
+    comes somewhat later; so does a run that has made all its steps, while it is still watched."""
     from vlm.run.watchdog import Watchdog
 
     telling, left, act = Watchdog.phase, [spec["call"]], ACTS[spec["act"]]
+    later: list[threading.Thread] = []
+
+    def settle() -> None:
+        for thread in later:
+            thread.join(10)
 
     def strike() -> None:
         time.sleep(spec["after"])
@@ -72,15 +78,19 @@ def inject(spec: Spec) -> None:
 
     def phase(self: Any, name: str, **named: Any) -> None:
         telling(self, name, **named)
+        if name == "report":
+            settle()
         if name in spec["phase"]:
             left[0] -= 1
             if -spec.get("times", 1) < left[0] <= 0:
                 if spec["after"]:
-                    threading.Thread(target=strike, daemon=True).start()
+                    later.append(threading.Thread(target=strike, daemon=True))
+                    later[-1].start()
                 else:
                     strike()
 
     Watchdog.phase = phase  # type: ignore[method-assign]
+    return settle
 
 
 def train(spec_file: str, *arguments: str) -> int:
@@ -89,9 +99,9 @@ def train(spec_file: str, *arguments: str) -> int:
     from vlm.run.command import train_main
 
     jobs.observe(Path(spec["loaded"]), spec["attempt"])(rank)
-    if rank in spec.get("ranks", ()):
-        inject(spec)
+    settle = inject(spec) if rank in spec.get("ranks", ()) else lambda: None
     status = train_main(list(arguments))
+    settle()
     append(Path(spec["statuses"]), json.dumps({"rank": rank, "status": status}) + "\n")
     return status
 

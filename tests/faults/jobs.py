@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 120.0  # seconds after which a run that has not ended counts as hanging
+LIMIT = 400.0  # seconds after which a run that has not ended counts as hanging
 _SIGKILL_AFTER = 5.0  # seconds that the other ranks get after SIGTERM, once one has ended badly
 _PR_SET_PDEATHSIG = 1
 

@@ -137,7 +137,10 @@ def _preempted(trial: Trial, name: str, launcher: bool) -> str:
     assert trial.struck()
     statuses, done = torchrun.own_statuses(trial), trial.steps_done()
     if done < setting.steps:
-        assert statuses == dict.fromkeys(range(setting.world), 85), f"{statuses}: {job.printed()[-1500:]}"
+        # A rank that ends somewhat later than the first is told so (SIGTERM) by what launched them both.
+        seen = {*statuses.values(), *torchrun.seen_statuses(job)}
+        assert 85 in statuses.values(), f"{statuses}: {job.printed()[-1500:]}"
+        assert seen <= {85, -15}, f"{statuses}, {seen}: {job.printed()[-1500:]}"
     elif set(statuses.values()) == {0}:  # nobody asks any more after the last step
         trial.compare(trial.workshop.reference(_plain(setting)))
         return f"{trial.struck()[0]}: it came to its end"
@@ -168,11 +171,12 @@ def _hangs(trial: Trial, what: str, thread: bool = True, **fault: Any) -> str:
     phases = tuple(name for name in PHASES if name != "save")
     point = _draw_point(trial, setting, phases, thread)
     job, _ = _strike(trial, setting, what, ranks=rank, **point, **fault)
-    struck_at = (trial.folder / "struck").stat().st_mtime
-    took = time.time() - struck_at
-    assert took < HANG_SECONDS + 30, f"told after {took:.0f} s"
+    ended, struck_at = time.time(), (trial.folder / "struck").stat().st_mtime
     reports = sorted((trial.run_dir / "hang").glob("*.txt"))
     assert reports, f"no report: {job.printed()[-1500:]}"
+    took = reports[0].stat().st_mtime - struck_at
+    assert took < HANG_SECONDS + 30, f"told after {took:.0f} s"
+    assert ended - struck_at < HANG_SECONDS + 75, f"ended after {ended - struck_at:.0f} s"
     said = reports[0].read_text()
     assert f"to blame: rank {rank[0]}," in said, said[:1500]
     assert "stacks of rank" in said, said[:1500]
@@ -197,7 +201,7 @@ def gil_lock(trial: Trial) -> str:
 
 @kind("stuck_save", what="the file system never answers one rank's fsync of a checkpoint", checked=STUCK)
 def stuck_save(trial: Trial) -> str:
-    limit, setting = 4.0, trial.draw(worlds=(1, 2, 2))
+    limit, setting = 10.0, trial.draw(worlds=(1, 2, 2))
     setting = replace(setting, overrides=(*setting.overrides, f"checkpoint_seconds={limit}"))
     rank, save = trial.rng.randrange(setting.world), trial.rng.randrange(1, setting.steps // setting.every + 1)
 

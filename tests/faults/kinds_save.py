@@ -350,13 +350,21 @@ def stale_latest(trial: Trial) -> str:
 @kind("two_writers", what="the same run is started a second time while it runs", checked=TWO)
 def two_writers(trial: Trial) -> str:
     setting = trial.draw(worlds=(1, 1, 2))
-    moment = trial.rng.uniform(0.0, 0.5)
+    moment, over = trial.rng.uniform(0.0, 0.5), trial.folder / "the second is over"
 
     def slow(rank: int) -> None:  # so that the second comes while the first runs
         from vlm.run.engine import Engine
 
-        step = Engine.step
-        Engine.step = lambda *arguments, **named: (time.sleep(0.2), step(*arguments, **named))[1]  # type: ignore
+        step, begun = Engine.step, [0]
+
+        def slowly(*arguments: Any, **named: Any) -> Any:
+            time.sleep(0.2)
+            begun[0] += 1
+            while begun[0] == setting.steps and not over.exists():
+                time.sleep(0.01)
+            return step(*arguments, **named)
+
+        Engine.step = slowly  # type: ignore[method-assign]
 
     first = trial.start(setting, slow)
     while not (trial.run_dir / ".lock").is_file() or not (trial.run_dir / ".lock").read_bytes():
@@ -366,6 +374,7 @@ def two_writers(trial: Trial) -> str:
     loaded = trial.loaded_file.read_text() if trial.loaded_file.is_file() else ""
     second = trial.start(setting)
     statuses = second.wait()
+    over.touch()
     assert statuses[0] == 2, f"the second ended with {statuses}: {second.printed()[-1500:]}"
     assert f"{trial.run_dir}: process {first.pids[0]}" in second.printed(), second.printed()[-1500:]
     assert first.wait() == [0] * setting.world, first.printed()[-1500:]

@@ -127,7 +127,7 @@ def test_a_port_that_is_taken_and_one_with_a_stranger() -> None:
 @pytest.mark.slow
 def test_a_first_sum_that_fails_is_told_by_who_has_the_fault_and_who_waits() -> None:
     port = rendezvous.free_port()
-    limit = {"VLM_RENDEZVOUS_SECONDS": "3"}
+    limit = {"VLM_RENDEZVOUS_SECONDS": "10"}
     both = [start(place(0, 2, "127.0.0.1", port, **limit))]
     both.append(start(place(1, 2, "127.0.0.1", port, **limit, GLOO_SOCKET_IFNAME="nosuch0")))
     waits, fault = (outcome(process, HUNG)[-1] for process in both)

@@ -32,7 +32,8 @@ def test_two_then_three_then_one_process(shape_shards: Path, tmp_path: Path) -> 
     whole = train_arguments(shape_shards, tmp_path / "whole", *SETTINGS, mix)
     run(whole, processes=1)
     pieces = train_arguments(shape_shards, tmp_path / "pieces", *SETTINGS, mix)
-    kill_after_step([*pieces, "data.workers=1"], tmp_path / "pieces", 4, 2)
+    # The first checkpoint, of step 2, is complete when the next one is begun, at step 4.
+    kill_after_step([*pieces, "data.workers=1"], tmp_path / "pieces", 6, 2)
     kill_after_step(pieces, tmp_path / "pieces", 22, 3)
     run([*pieces, "data.workers=2"], processes=1)
     first, second = rows(tmp_path / "whole"), rows(tmp_path / "pieces")

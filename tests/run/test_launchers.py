@@ -40,7 +40,7 @@ def environment() -> dict[str, str]:
     return {**launching.environment(), "DS_ACCELERATOR": "cpu", "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
 
 
-def run(*commands: list[str], env: dict[str, str], timeout: float = 300) -> str:
+def run(*commands: list[str], env: dict[str, str], timeout: float = 900) -> str:
     """Run commands at the same time, each to its end; what the first printed."""
     started = [
         subprocess.Popen(
@@ -57,7 +57,7 @@ def run(*commands: list[str], env: dict[str, str], timeout: float = 300) -> str:
     return finished(started, timeout)
 
 
-def finished(started: list[subprocess.Popen[str]], timeout: float = 300) -> str:
+def finished(started: list[subprocess.Popen[str]], timeout: float = 900) -> str:
     printed = []
     try:
         for process in started:
@@ -143,7 +143,7 @@ def test_sbatch(slurm: Cluster, shape_shards: Path, tmp_path: Path, wanted: list
     _, _, hardware, _, recipe, *settings = arguments(shape_shards, tmp_path / "run")
     options = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
     job = slurm.submit("pretrain", recipe, *settings, options=options, VLM_DS_CONFIG=hardware)
-    slurm.wait(job, seconds=300)
+    slurm.wait(job, seconds=900)
     assert "world size 2 (started by slurm)" in slurm.output(job)
     assert curve(tmp_path / "run") == wanted
 

@@ -174,7 +174,7 @@ def test_a_run_that_was_told_to_stop_beside_one_that_was_not(shape_shards: Path,
     settings = ["steps=200", "checkpoint_every=0", "eval.at_end=false", "seed=5"]
     run(train_arguments(shape_shards, tmp_path / "whole", *settings))
     stopped = train_arguments(shape_shards, tmp_path / "stopped", *settings)
-    process, limit = start(stopped), time.monotonic() + 120
+    process, limit = start(stopped), time.monotonic() + 600
     try:
         told = tmp_path / "stopped" / "metrics.jsonl"
         while not (told.exists() and told.read_text().count("\n") >= 5):
@@ -182,7 +182,7 @@ def test_a_run_that_was_told_to_stop_beside_one_that_was_not(shape_shards: Path,
             assert time.monotonic() < limit
             time.sleep(0.02)
         process.terminate()
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=300)
     finally:
         if process.poll() is None:
             end(process)

@@ -50,7 +50,10 @@ def kill_after_step(arguments: list[str], folder: Path, step: int, processes: in
             break
         time.sleep(0.005)
     time.sleep(pause)
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]  # torchrun's sessions
+    tree = []
+    with suppress(psutil.NoSuchProcess):  # it has come to its end
+        first = psutil.Process(process.pid)
+        tree = [first, *first.children(recursive=True)]  # torchrun's sessions
     for one in tree:
         with suppress(psutil.NoSuchProcess):
             one.kill()
@@ -83,7 +86,8 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(shape_shards, tmp_p
     arguments = train_arguments(shape_shards, tmp_path / "killed", *settings, "data.workers=1")
     for _ in range(5):  # where this process is slow to strike, the run may have come to its end
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-        kill_after_step(arguments, tmp_path / "killed", step=5, processes=1)
+        # The first checkpoint, of step 3, is complete when the next one is begun, at step 6.
+        kill_after_step(arguments, tmp_path / "killed", step=7, processes=1)
         if len(rows(tmp_path / "killed")) < 12:
             break
     assert len(rows(tmp_path / "killed")) < 12

@@ -116,11 +116,11 @@ def test_it_learns_what_to_choose() -> None:
         optimizer.zero_grad()
         (-(picked[:, 1] * sign).mean()).backward()
         optimizer.step()
-    of, tokens, sign = sample(100)
+    of, tokens, sign = sample(400)
     best = (tokens[of.segments][..., 1] * sign[:, None]).argmax(1)
     _, chosen = selector.eval()(tokens, of)
     hit = (chosen == of.segments.gather(1, best[:, None])[:, 0]).float().mean()
-    assert float(hit) > 0.85
+    assert float(hit) > 0.7  # by chance 0.25; seen: 0.85 to 0.91, as seeds and processors go
 
 
 def test_the_task_decides_and_other_segments_do_not() -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -221,3 +223,20 @@ def test_a_stop_is_noted_and_kept(tmp_path, capsys):
     capsys.readouterr()
     record.note_stop(launch(tmp_path / "gone"), about, 8, "SIGTERM")
     assert "that SIGTERM ended this run is not noted: " in capsys.readouterr().out
+
+
+def test_others_leave_when_a_stop_is_noted(tmp_path, monkeypatch):
+    """Else a launcher that sees them end ends rank 0 before it has told; but they wait for some seconds at most."""
+    run = launch(tmp_path / "run", processes=2)
+    other = replace(run, world=replace(run.world, rank=1))
+    about = begin(run)
+    monkeypatch.setattr(record, "_NOTED_SECONDS", 60.0)
+    waits = threading.Thread(target=record.note_stop, args=(other, about, 4, "SIGTERM"), daemon=True)
+    waits.start()
+    waits.join(0.2)
+    assert waits.is_alive()
+    record.note_stop(run, about, 4, "SIGTERM")
+    waits.join(60)
+    assert not waits.is_alive()
+    monkeypatch.setattr(record, "_NOTED_SECONDS", 0.1)
+    record.note_stop(other, json.loads((tmp_path / "run" / "recipe.json").read_text()), 6, "SIGTERM")

@@ -10,6 +10,7 @@ Settings of an evaluation are those of launch/evaluate.py; the one that ends tra
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from vlm.run.run_folder import read_json
 from vlm.types import UserError
 
 NAME = "recipe.json"
+_NOTED_SECONDS = 5.0  # that other ranks wait for the note of a stop
 
 # Where weights are read from.
 WEIGHT_PLACES = (
@@ -242,16 +244,27 @@ def write(launch: Launch, record: dict[str, Any]) -> None:
 def note_stop(launch: Launch, record: dict[str, Any], step: int, why: str) -> None:
     """Add to recipe.json, on rank 0, that the run was told to stop, and with which step it did. Not collective.
 
-    It is told where this cannot be written; the run is saved all the same.
+    It is told where this cannot be written; the run is saved all the same. The others wait until it is there, but not
+    for long: a launcher that sees one process end ends all of them, rank 0 too.
     """
+    before = record.get("stopped") or []
     if launch.world.is_main:
         try:
-            write_json(
-                launch.folder / NAME,
-                {**record, "stopped": [*(record.get("stopped") or []), {"step": step, "why": why}]},
-            )
+            write_json(launch.folder / NAME, {**record, "stopped": [*before, {"step": step, "why": why}]})
         except UserError as error:
             print(f"that {why} ended this run is not noted: {error}", flush=True)
+        return
+    until = time.monotonic() + _NOTED_SECONDS
+    while not _is_noted(launch.folder, len(before)) and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def _is_noted(folder: Path, stops: int) -> bool:
+    """Whether the record tells of more than these stops."""
+    try:
+        return len(read_json(folder / NAME).get("stopped") or []) > stops
+    except UserError:
+        return False
 
 
 def _read(folder: Path) -> dict[str, Any]:

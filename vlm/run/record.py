@@ -256,7 +256,7 @@ def note_stop(launch: Launch, record: dict[str, Any], step: int, why: str) -> No
         return
     until = time.monotonic() + _NOTED_SECONDS
     while not _is_noted(launch.folder, len(before)) and time.monotonic() < until:
-        time.sleep(0.02)
+        time.sleep(0.2)  # thousands of ranks may look
 
 
 def _is_noted(folder: Path, stops: int) -> bool:

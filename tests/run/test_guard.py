@@ -221,7 +221,7 @@ def test_settings_that_cannot_be(field, value):
 
 
 def zero_worker_run(*arguments: str) -> dict:
-    printed = run([str(Path(guard_worker.__file__)), *arguments], processes=2, timeout=600)
+    printed = run([str(Path(guard_worker.__file__)), *arguments], processes=2, timeout=1800)
     line = next(line for line in printed.splitlines() if line.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT "))
 

@@ -5,6 +5,7 @@ import os
 import signal
 
 import pytest
+from launching import run, train_arguments
 
 from vlm.config import override
 from vlm.distributed import join
@@ -85,6 +86,39 @@ def test_a_test_within_training_is_broken_off_and_made_when_the_run_goes_on(
     assert not state_of(whole, 2)["untested"]
     best = (stopped.run_dir / "checkpoints" / "best").read_text()
     assert best == (whole.run_dir / "checkpoints" / "best").read_text()
+
+
+SIGNALLED = """
+import os, signal
+from vlm.run import evaluate
+from vlm.run.command import finish, train_main
+
+reading, calls = evaluate._next_group, []
+
+def next_group(*arguments):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return reading(*arguments)
+
+evaluate._next_group = next_group
+finish(train_main())
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_breaks_off_the_test_of_all(shape_shards, tmp_path):
+    settings = ["steps=2", "eval.every=1", "eval.metric=top1", "eval.at_end=false", "eval.batch_size=2"]
+    arguments = train_arguments(shape_shards, tmp_path / "run", *settings)
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    printed = run([str(tmp_path / "signalled.py"), *arguments[1:]], 2, expect=1)  # torchrun says 1 for any
+    assert "the test of step 1 was stopped by a signal" in printed
+    assert "saved at step 1; the same command goes on" in printed
+    assert "exitcode  : 85" in printed or "exitcode: 85" in printed, printed[-3000:]
+    printed = run(arguments, 2)
+    assert printed.index("step 1: top1") < printed.index("step 2: top1")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
 
 
 def state_of(recipe, step):

@@ -49,7 +49,7 @@ ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=20
 KillWait=10
-MinJobAge=300
+MinJobAge=3600
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -97,11 +97,12 @@ class Cluster:
         munge = {"key-file": key, "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "munged.log"}
         options = [f"--{name}={self.folder / place}" for name, place in munge.items()]
         self._start("munged", "--foreground", "--force", *options, f"--seed-file={self.folder / 'munge.seed'}")
+        until((self.folder / "munge.sock").exists, 60, self.logs)
         self._configure()
         self._start("slurmctld", "-D")
         for node in self.nodes:
             self.start_node(node)
-        until(lambda: all(self.node_state(node) == "IDLE" for node in self.nodes), 60, self.logs)
+        until(lambda: all(self.node_state(node) == "IDLE" for node in self.nodes), 180, self.logs)
 
     def _configure(self) -> None:
         host = socket.gethostname().partition(".")[0]
@@ -123,7 +124,7 @@ class Cluster:
         try:
             self.call("scancel", "--signal=KILL", "--full", "--user", str(os.getuid()), check=False)
             self.call("scancel", "--user", str(os.getuid()), check=False)
-            until(lambda: not self.call("squeue", "--noheader", check=False), 20, self.logs)
+            until(lambda: not self.call("squeue", "--noheader", check=False), 90, self.logs)
         finally:
             for name in list(reversed(self._daemons)):
                 self._end(name)
@@ -170,7 +171,7 @@ class Cluster:
             env={**self.environment, **variables},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
         )
         if check and done.returncode:
             raise subprocess.SubprocessError(f"{' '.join(command)}: {done.stderr or done.stdout}\n{self.logs()}")
@@ -196,7 +197,7 @@ class Cluster:
         words = self.call("scontrol", "--oneliner", "show", "node", node).split(" ")
         return next(word.removeprefix("State=") for word in words if word.startswith("State="))
 
-    def wait(self, number: str, *states: str, seconds: float = 150) -> dict[str, str]:
+    def wait(self, number: str, *states: str, seconds: float = 450) -> dict[str, str]:
         """The job once it is in one of `states` (default: COMPLETED); an error where it ends otherwise."""
         wanted = states or ("COMPLETED",)
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}

@@ -31,7 +31,7 @@ def test_a_chain(cluster: Cluster, shape_shards: Path, tmp_path: Path) -> None:
     )
     names, jobs = zip(*(line.split() for line in out.splitlines()), strict=True)
     assert names == ("pretrain", "finetune", "evaluate")
-    cluster.wait(jobs[2], seconds=240)
+    cluster.wait(jobs[2], seconds=900)
     assert [cluster.job(job)["JobState"] for job in jobs] == ["COMPLETED"] * 3
     record = json.loads((tmp_path / "b" / "recipe.json").read_text())
     assert record["config"]["model"]["init_from"] == str(tmp_path / "a")
@@ -53,7 +53,7 @@ def test_a_chain_ends_where_a_job_fails(cluster: Cluster, tmp_path: Path) -> Non
     assert cluster.wait(first, "FAILED")["Restarts"] == "0"
     assert "there is no such folder; make the shards" in cluster.output(first)
     for job in others:
-        cluster.wait(job, "CANCELLED", seconds=60)
+        cluster.wait(job, "CANCELLED", seconds=240)
 
 
 def test_an_array_makes_shards(cluster: Cluster, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_an_array_makes_shards(cluster: Cluster, tmp_path: Path) -> None:
     arguments = ("shapes", "--root", f"{tmp_path}/corpus", "--split", "train", "--out", f"{tmp_path}/set")
     options = ("--array=0-2", "--cpus-per-task=1", f"--output={tmp_path}/%a.job")
     job = cluster.submit("make_shards", *arguments, "--shard-samples=2", options=options)
-    until(lambda: not cluster.call("squeue", "--noheader", "--job", job), 120, cluster.logs)
+    until(lambda: not cluster.call("squeue", "--noheader", "--job", job), 480, cluster.logs)
     said = [(tmp_path / f"{task}.job").read_text() for task in range(3)]
     made = ShardSet(tmp_path / "set")
     assert len(made) == 8, said

@@ -11,6 +11,7 @@ from training import STEPS, Run, column
 from tests.slurm_cluster import Cluster, until
 
 pytestmark = pytest.mark.slow
+LONG = (f"steps={2 * STEPS}",)  # so long that it is not over when something happens to it
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def run(cluster: Cluster, shape_shards: Path, tmp_path: Path) -> Iterator[Run]:
     yield run
     for job in run.jobs:
         cluster.call("scancel", job, check=False)
-        until(lambda job=job: not cluster.call("squeue", "--noheader", "--job", job, check=False), 30)  # type: ignore[misc]
+        until(lambda job=job: not cluster.call("squeue", "--noheader", "--job", job, check=False), 120)  # type: ignore[misc]
 
 
 def same_course(run: Run, whole: Run, steps: int = STEPS, precision: float = 1e-6) -> None:
@@ -68,6 +69,7 @@ def test_two_nodes_zero3(whole: Run, run: Run) -> None:
 
 def test_preempted_and_on_fewer_nodes_and_on_more(whole: Run, run: Run, high: Callable[[int], str]) -> None:
     """Two nodes, then one, then three: a job that waits to go on takes what its owner gives it."""
+    run.settings = LONG
     job = run.submit("--nodes=2")
     run.reach(10)
     others = [high(2)]
@@ -94,7 +96,7 @@ def test_out_of_time_then_cancelled(whole: Run, run: Run) -> None:
     hours, minutes, seconds = map(int, cluster.job(job)["RunTime"].split(":"))
     limit = (hours * 3600 + minutes * 60 + seconds + 50) // 60 + 1  # in 50 to 110 seconds, of which 40 are for saving
     cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
-    run.restarted(1, seconds=150)
+    run.restarted(1, seconds=300)
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     saved = len(run.rows())
     assert "slurm: told to stop" in run.said()
@@ -102,7 +104,7 @@ def test_out_of_time_then_cancelled(whole: Run, run: Run) -> None:
     run.reach(saved + 5)
     cluster.call("scancel", job)
     cluster.wait(job, "CANCELLED")
-    until(lambda: not cluster.processes(SLURM_JOB_ID=job), 20)
+    until(lambda: not cluster.processes(SLURM_JOB_ID=job), 120)
     time.sleep(2)
     assert cluster.job(job)["JobState"] == "CANCELLED", "and stays so"
     before = len(run.rows())
@@ -116,9 +118,10 @@ def test_out_of_time_then_cancelled(whole: Run, run: Run) -> None:
 
 def test_a_node_dies(whole: Run, run: Run) -> None:
     """Its slurmd and all processes on it, killed: the job is queued again, and finishes on the nodes that are left."""
-    cluster = run.cluster
+    cluster, run.settings = run.cluster, LONG
     job = run.submit("--nodes=2")
     run.reach(30)
+    until(lambda: run.saved(25), 60, run.said)
     lost = "node2"
     assert lost in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).splitlines()
     cluster.kill_node(lost)
@@ -128,6 +131,6 @@ def test_a_node_dies(whole: Run, run: Run) -> None:
         assert lost not in cluster.call("scontrol", "show", "hostnames", about["NodeList"]).splitlines()
     finally:
         cluster.start_node(lost)
-    until(lambda: cluster.node_state(lost) == "IDLE", 60, cluster.logs)
+    until(lambda: cluster.node_state(lost) == "IDLE", 240, cluster.logs)
     assert run.resumed()[0]["step"] >= 25, "no more is lost than was made since the last checkpoint"
     same_course(run, whole)

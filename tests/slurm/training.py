@@ -51,11 +51,16 @@ class Run:
         text = file.read_text() if file.is_file() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    def reach(self, step: int, seconds: float = 120) -> None:
+    def reach(self, step: int, seconds: float = 360) -> None:
         """Wait until a step is made."""
         until(lambda: len(self.rows()) >= step, seconds, self.said)
 
-    def restarted(self, times: int, seconds: float = 60) -> None:
+    def saved(self, step: int) -> bool:
+        """Whether a checkpoint of this step, or of a later one, is complete: it is written beside the steps."""
+        file = self.folder / "checkpoints" / "latest"
+        return file.is_file() and int(file.read_text().strip().removeprefix("step-")) >= step
+
+    def restarted(self, times: int, seconds: float = 240) -> None:
         """Wait until the job has been queued again this often, and no process of it is left."""
 
         def waits() -> bool:

@@ -25,13 +25,16 @@ in_tasks() {
 #                         for six hours: it is no fault that comes each time.
 # What was cancelled, or failed in another way, is not.
 supervise() {
-    local said errors copier running='' status _
-    trap 'echo "slurm: told to stop"; [[ -z $running ]] || kill -USR1 "$running" 2>/dev/null || true' USR1 TERM
+    local said errors copier running='' told='' status _
+    trap 'echo "slurm: told to stop"; told=yes
+        [[ -z $running ]] || kill -USR1 "$running" 2>/dev/null || true' USR1 TERM
     said=$(mktemp)
     exec {errors}> >(exec tee "$said" >&2)
     copier=$!
     "$@" 2>&"$errors" {errors}>&- &
+    sleep 0.2 || true # the copy of this shell that is to become the command may swallow a signal until it has
     running=$!
+    [[ -z $told ]] || kill -USR1 "$running" 2>/dev/null || true # it came before there was whom to tell
     exec {errors}>&-
     while kill -0 "$running" 2>/dev/null; do # a signal that comes ends `wait`, not the command
         wait "$running" || true
@@ -39,7 +42,7 @@ supervise() {
     wait "$running" && status=0 || status=$?
     for _ in {1..50}; do # until all that was said is in the file
         kill -0 "$copier" 2>/dev/null || break
-        sleep 0.1
+        sleep 0.1 || true # a signal to all processes of the job ends this one too
     done
     [[ $status == 0 ]] || after_failure "$(status_of_tasks "$status" "$said")"
     rm -f "$said"
@@ -61,11 +64,34 @@ status_of_tasks() {
     esac
 }
 
+# ask COMMAND: a command of Slurm, which is tried again every VLM_SLURM_RETRY_SECONDS (5; tests say 0) while the controller
+# does not answer: at most 24 times, and for about two minutes. Status 2: there was no answer. Status 1: the answer was no,
+# which would come again.
+ask() {
+    local error tries=0 end=$((SECONDS + 120))
+    until error=$("$@" 2>&1 >&3); do
+        if grep -qE 'Invalid job id|already completing|pending execution|permission denied|disabled' <<<"$error"; then
+            echo "$error" >&2
+            return 1
+        fi
+        if ((++tries == 24 || SECONDS >= end)); then
+            echo "slurm: still no answer, given up: $*: $error" >&2
+            return 2
+        fi
+        ((tries > 1)) || echo "slurm: no answer, asked again for two minutes: $*: $error" >&2
+        sleep "${VLM_SLURM_RETRY_SECONDS:-5}" || true
+    done 3>&1
+    [[ -z $error ]] || echo "$error" >&2
+}
+
 # after_failure STATUS: queues the job again where that helps, otherwise ends it with the status.
 after_failure() {
-    local lost
-    trap - USR1 TERM
-    if [[ $(squeue --noheader --job "$this_job" --format=%T) != RUNNING ]]; then
+    local lost state answer=0
+    trap '' USR1 TERM # a second signal must not end this shell before the job is queued again
+    state=$(ask squeue --noheader --job "$this_job" --format=%T) || answer=$?
+    if ((answer == 2)) && [[ $1 == 8[56] ]]; then
+        : # nobody knows; had it been cancelled, Slurm would have killed this shell before two minutes were over (KillWait)
+    elif [[ $state != RUNNING ]]; then
         exit "$1" # cancelled, or queued again by Slurm itself
     fi
     case $1 in
@@ -83,8 +109,8 @@ after_failure() {
 }
 
 requeue_if_few() {
-    local most=${VLM_MAX_REQUEUES:-10} count comment
-    comment=$(scontrol show job "$this_job" | sed -n 's/ *$//; s/^ *Comment=\((null)\)\?//p')
+    local most=${VLM_MAX_REQUEUES:-10} count comment known=yes
+    comment=$(ask scontrol show job "$this_job" | sed -n 's/ *$//; s/^ *Comment=\((null)\)\?//p') || known=''
     count=$(sed -n 's/.*failures:\([0-9]*\)$/\1/p' <<<"$comment")
     ((SECONDS < 6 * 3600)) || count=0
     count=$((${count:-0} + 1))
@@ -93,21 +119,29 @@ requeue_if_few() {
         return
     fi
     comment=$(sed 's/ *failures:[0-9]*$//' <<<"$comment")
-    scontrol update "JobId=$this_job" "Comment=${comment:+$comment }failures:$count"
+    if [[ -z $known ]] || ! ask scontrol update "JobId=$this_job" "Comment=${comment:+$comment }failures:$count"; then
+        echo "slurm: the job's comment could not be read or changed: this requeue is not counted"
+    fi
     requeue "$1 ($count of $most)"
 }
 
 requeue() {
     echo "slurm: $1: job $this_job is queued again and goes on from its last checkpoint"
-    scontrol requeue "$this_job"
-    sleep 600 # Slurm ends this shell
+    if ask scontrol requeue "$this_job"; then
+        trap - TERM
+        sleep 600 # Slurm ends this shell, by SIGTERM
+    else
+        echo "slurm: the requeue did not succeed; sbatch with the same words goes on with the run"
+    fi
 }
 
 # The nodes of the job that start no process any more.
 lost_nodes() {
     local node
     for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-        timeout 30 srun --overlap --nodes=1 --ntasks=1 --gres=none --nodelist="$node" true >/dev/null 2>&1 || echo "$node"
+        # SIGTERM alone may not end it, since this shell ignores it
+        timeout --kill-after=5 30 srun --overlap --nodes=1 --ntasks=1 --gres=none --nodelist="$node" true \
+            >/dev/null 2>&1 || echo "$node"
     done | paste -sd ' '
 }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,22 +25,33 @@ SLURM_STEP_ID=0 "$@"
 if [[ -n ${SAYS:-} ]]; then printf '%b\\n' "$SAYS" >&2; fi
 exit "${ENDS:-0}"
 """
-SCONTROL = """#!/usr/bin/env bash
+# The controller: SILENT="requeue=3" lets the first three of such questions fail, with what ERROR says.
+CONTROLLER = """#!/usr/bin/env bash
 if [[ "$1 $2" == "show hostnames" ]]; then printf 'first\\n%s\\n' "${SECOND:-second}"; exit; fi
+what=${0##*/}
+[[ $what == squeue ]] || what=$1
+echo "$what" >> asked
+fails=$(sed -n "s/.*\\b$what=\\([0-9]*\\).*/\\1/p" <<<"${SILENT:-}")
+if (($(grep -c "^$what$" asked) <= ${fails:-0})); then
+    echo "slurm_load_jobs error: ${ERROR:-Unable to contact slurm controller (connect failure)}" >&2
+    exit 1
+fi
+"""
+SCONTROL = """\
 if [[ "$1 $2" == "show job" ]]; then
     printf 'JobId=%s JobName=x\\n   Comment=%s \\n   Power=\\n' "$3" "${COMMENT:-}"
     exit
 fi
 echo "$*" >> calls
 """
-SQUEUE = "#!/usr/bin/env bash\necho ${STATE-RUNNING}\n"
+SQUEUE = "echo ${STATE-RUNNING}\n"
 SLEEP = "#!/usr/bin/env bash\n[[ $1 == 600 ]] || exec /bin/sleep $1\n"
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$@"
 env | grep -E '^(MASTER_|OMP_NUM|SRUN_CPUS|NCCL_SOCKET|GLOO_SOCKET)' | sort
 """
 PROGRAMS = {
-    **{"bin/srun": SRUN, "bin/scontrol": SCONTROL, "bin/squeue": SQUEUE, "bin/sleep": SLEEP},
+    **{"bin/srun": SRUN, "bin/scontrol": CONTROLLER + SCONTROL, "bin/squeue": CONTROLLER + SQUEUE, "bin/sleep": SLEEP},
     ".venv/bin/python": PYTHON,
 }
 
@@ -244,6 +257,68 @@ def test_what_follows_from_an_ending(place: Path, ending: str) -> None:
     assert variables.get("SAYS", "").replace("\\n", "\n") in done.stderr, "what tasks say is in the job's log"
 
 
+HUNG = {"ENDS": "86", "COMMENT": "my own failures:3"}
+SILENCES = {
+    "for a moment, each time": (
+        {**HUNG, "SILENT": "squeue=3 show=2 update=1 requeue=2"},
+        *({"squeue": 4, "show": 3, "update": 2, "requeue": 3}, "my own failures:4", True, "the run hung (4 of 10)"),
+    ),
+    "when asked for the comment": (
+        {**HUNG, "SILENT": "show=99"},
+        *({"squeue": 1, "show": 24, "requeue": 1}, None, True, "this requeue is not counted"),
+    ),
+    "when told the comment": (
+        {**HUNG, "SILENT": "update=99"},
+        *({"squeue": 1, "show": 1, "update": 24, "requeue": 1}, None, True, "this requeue is not counted"),
+    ),
+    "when asked for the state, and it saved": (
+        {"ENDS": "85", "SILENT": "squeue=99"},
+        *({"squeue": 24, "requeue": 1}, None, True, "stopped by a signal, and saved"),
+    ),
+    "when asked for the state, and it hung": (
+        {**HUNG, "SILENT": "squeue=99"},
+        *({"squeue": 24, "show": 1, "update": 1, "requeue": 1}, "my own failures:4", True, "the run hung (4 of 10)"),
+    ),
+    "when asked for the state, and it was killed": (
+        {"ENDS": "137", "SILENT": "squeue=99"},
+        *({"squeue": 24}, None, False, ""),
+    ),
+    "to the end": (
+        {"ENDS": "85", "SILENT": "squeue=99 requeue=99"},
+        *({"squeue": 24, "requeue": 24}, None, False, "the requeue did not succeed"),
+    ),
+    "no, the job is forgotten": (
+        {"ENDS": "85", "SILENT": "squeue=99", "ERROR": "Invalid job id specified"},
+        *({"squeue": 1}, None, False, ""),
+    ),
+    "no, the comment is not yours": (
+        {**HUNG, "SILENT": "update=99", "ERROR": "Access/permission denied"},
+        *({"squeue": 1, "show": 1, "update": 1, "requeue": 1}, None, True, "this requeue is not counted"),
+    ),
+    "no requeue": (
+        {"ENDS": "85", "SILENT": "requeue=99", "ERROR": "Requested operation is presently disabled"},
+        *({"squeue": 1, "requeue": 1}, None, False, "the requeue did not succeed"),
+    ),
+}
+
+
+@pytest.mark.parametrize("silence", SILENCES)
+def test_a_controller_that_does_not_answer(place: Path, silence: str) -> None:
+    variables, asked, comment, queued, said = SILENCES[silence]
+    done = play(place, "pretrain", VLM_SLURM_RETRY_SECONDS="0", **variables)
+    assert done.returncode == int(variables["ENDS"])
+    assert Counter((place / "asked").read_text().split()) == asked
+    calls = (place / "calls").read_text().splitlines() if (place / "calls").exists() else []
+    assert calls == [
+        *([f"update JobId=42 Comment={comment}"] if comment else []),
+        *(["requeue 42"] if queued else []),
+    ]
+    assert said in done.stdout
+    lines = ["slurm: no answer, asked again for two minutes: s", "slurm: still no answer, given up: s"]
+    want = [0, 0] if "ERROR" in variables else [variables["SILENT"].count(sign) for sign in ("=", "=99")]
+    assert [done.stderr.count(line) for line in lines] == want, "a line each"
+
+
 def test_a_task_of_an_array_is_queued_again_alone(place: Path) -> None:
     """The number of the array's last task is that of the array: squeue and scontrol would take it for all tasks."""
     (place / ".venv/bin/python").write_text("#!/usr/bin/env bash\nkill -USR1 $$\n")
@@ -264,6 +339,36 @@ def test_a_signal_to_the_job_reaches_the_run_as_sigusr1(place: Path, name: str) 
     done = play(place, "pretrain")
     assert (done.returncode, done.stdout.splitlines()[:2]) == (85, ["slurm: told to stop", "saved"])
     assert (place / "calls").read_text() == "requeue 42\n"
+
+
+def program(place: Path, name: str, content: str) -> None:
+    """Another script for a program; in it BATCH is the process of the job's own shell."""
+    (place / name).write_text(f"#!/usr/bin/env bash\n{content}\n")
+    (place / name).chmod(0o755)
+    (place / "first").write_text("export BATCH=${BATCH:-$$}\n")  # the job's shell is the first to read it (BASH_ENV)
+
+
+def test_a_signal_before_the_run_is_known_is_passed_on(place: Path) -> None:
+    program(place, "bin/mktemp", 'kill -USR1 "$BATCH"\nexec /usr/bin/mktemp')
+    program(place, "bin/srun", 'shift 2\nexec "$@"')
+    program(
+        *(place, ".venv/bin/python"),
+        "trap 'echo saved; exit 85' USR1\ntouch ready\nfor _ in {1..99}; do sleep 0.1; done",
+    )
+    waits = "until [[ $1 == 600 || -e ready ]]; do /bin/sleep 0.05; done"  # as long as the run needs to listen
+    program(place, "bin/sleep", f"{waits}\n[[ $1 == 600 ]] || exec /bin/sleep $1")
+    done = play(place, "pretrain", BASH_ENV=str(place / "first"))
+    assert (done.returncode, done.stdout.splitlines()[:2]) == (85, ["slurm: told to stop", "saved"])
+    assert (place / "calls").read_text() == "requeue 42\n"
+
+
+def test_a_second_signal_does_not_end_the_shell_before_the_requeue_but_after_it(place: Path) -> None:
+    program(place, "bin/squeue", 'kill -USR1 "$BATCH"\nkill -TERM "$BATCH"\necho RUNNING')
+    after = 'kill -TERM "$BATCH" $$\necho "not ended" >> calls'
+    program(place, "bin/sleep", f"[[ $1 == 600 ]] || exec /bin/sleep $1\n{after}")
+    done = play(place, "pretrain", BASH_ENV=str(place / "first"), ENDS="85")
+    assert (place / "calls").read_text() == "requeue 42\n"
+    assert done.returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -21,7 +21,7 @@ FLOORS = {
     "starters": 1,
     "meeting": 1,
 }
-FLOORS |= {"tensor_files": 1}
+FLOORS |= {"tensor_files": 1, "checkpoint_folders": 1}
 FLOORS |= {**dict.fromkeys(WINGS, 2), "models": 3, "recipe": 4, "recipes": 5, "run": 5, "web": 5}
 OF_ALL_MODELS = ("system", "trained", "freezing", "generation", "quantised")
 FILES = sorted(path for folder in ("vlm", "launch", "tools") for path in (REPOSITORY / folder).rglob("*.py"))

@@ -249,6 +249,7 @@ def save(model: VideoLlama, folder: Path, **changes: Any) -> Path:
     folder.mkdir()
     write_safetensors(folder / WEIGHTS, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
     manifest = {
+        "format": 1,
         "files": {WEIGHTS: {"bytes": (folder / WEIGHTS).stat().st_size, "sha256": file_hash(folder / WEIGHTS)}},
         "frozen_hash": model.frozen_hash(),
         "recipe": {"model": to_dict(model.config)},

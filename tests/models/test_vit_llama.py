@@ -276,11 +276,17 @@ def test_init_from_a_run_of_ours(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     write_safetensors(folder / WEIGHTS, state)
     files = {WEIGHTS: {"bytes": (folder / WEIGHTS).stat().st_size, "sha256": file_hash(folder / WEIGHTS)}}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}))
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
     (folder.parent / "latest").write_text(f"{folder.name}\n")
     for path in (tmp_path / "run", folder):
         model = ViTLlamaConfig(**TINY, init_from=path).build()
         assert torch.equal(model.blocks[1].mlp.fc1.weight, state["encoder.blocks.1.mlp.fc1.weight"])
+    (folder.parent / "latest").write_text("step-00000004\n")
+    (folder.parent / "step-00000004").mkdir()  # half-written
+    with pytest.warns(UserWarning, match=rf"{folder} is taken instead \(.*step-00000004/{MANIFEST}: is missing"):
+        model = ViTLlamaConfig(**TINY, init_from=tmp_path / "run").build()
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, state["encoder.blocks.1.mlp.fc1.weight"])
+    (folder.parent / "latest").write_text(f"{folder.name}\n")
     with (folder / WEIGHTS).open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")

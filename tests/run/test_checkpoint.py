@@ -121,11 +121,14 @@ def test_garbage_in_latest_and_best_does_not_end_a_run(world, tmp_path):
     first = save(engine, tmp_path, 1, is_best=True)
     for name in ("latest", "best"):
         (tmp_path / name).write_bytes(b"\0\xff\xfe\n")
-    assert checkpoint.resolve(tmp_path) == first
-    with pytest.raises(UserError, match="is no checkpoint of ours"):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)
-        trained.start_from(make_engine(world)[0], tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path)
+    fresh = make_engine(world, seed=1)[0]
+    with pytest.warns(UserWarning, match=f"{first.name} is taken instead"):
+        assert checkpoint.resolve(tmp_path) == first
+    with pytest.warns(UserWarning, match=f"{first.name} is taken instead"):
+        trained.start_from(fresh, tmp_path / "run")
+    assert torch.equal(fresh.head.weight, engine.model.head.weight)
     second = save(engine, tmp_path, 2, keep=1)
     assert checkpoint.newest(tmp_path) == (second, [])
     assert (tmp_path / "latest").read_text() == f"{second.name}\n"
@@ -242,7 +245,8 @@ def test_resolve_takes_a_checkpoint_a_run_or_says_what_is_missing(world, tmp_pat
     for pointer in ("step-00000009", None):  # `latest` names none that is there, or is gone
         latest = tmp_path / "checkpoints" / "latest"
         latest.write_text(pointer) if pointer else latest.unlink()
-        assert checkpoint.resolve(tmp_path) == folder
+        with pytest.warns(UserWarning, match=f"{latest} .*: {folder} is taken instead$"):
+            assert checkpoint.resolve(tmp_path) == folder
     with pytest.raises(UserError, match="neither a checkpoint"):
         checkpoint.resolve(Path("nowhere"))
     (tmp_path / "released.pth").write_bytes(b"")

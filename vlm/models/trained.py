@@ -6,7 +6,6 @@ load without complaint and answer at chance. So both are compared, and what cont
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm.checkpoint_folders import MANIFEST as MANIFEST
+from vlm.checkpoint_folders import WEIGHTS as WEIGHTS
+from vlm.checkpoint_folders import meant, read_manifest
 from vlm.config import differences, to_dict
 from vlm.models.freezing import check_can_train
 from vlm.models.system import System
-from vlm.tensor_files import check_file, seal
+from vlm.tensor_files import check_file
 from vlm.types import UserError
 from vlm.weights import diff_keys, read_state_dict
-
-MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 
 
 def tensors_of(model: System) -> dict[str, Tensor]:
@@ -88,22 +88,16 @@ def _check_base(model: System, manifest: Mapping[str, Any], held: Collection[str
     )
 
 
-def newest(path: Path) -> Path:
-    """The latest checkpoint of a run folder; any other path as it is."""
-    latest = path / "checkpoints" / "latest"
-    return latest.parent / latest.read_text(errors="replace").strip() if latest.is_file() else path
-
-
 def read_sealed(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and manifest of a checkpoint of ours. UserError: it is damaged."""
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     tensors = read_state_dict(folder / WEIGHTS)
     check_file(folder / WEIGHTS, manifest)
     return tensors, manifest
 
 
 def start_from(model: System, folder: Path, shared: Sequence[str] = ()) -> None:
-    """Give a fresh model the trained tensors of a checkpoint folder, or of a run folder's latest: `model.init_from`.
+    """Give a fresh model the trained tensors of a checkpoint folder, or of a run folder (`meant`): `model.init_from`.
 
     Args:
         shared: beginnings of the names that a checkpoint of another system has in common with this model; where there
@@ -111,7 +105,7 @@ def start_from(model: System, folder: Path, shared: Sequence[str] = ()) -> None:
     Raises:
         UserError: no such checkpoint, a damaged one, or one that does not fit (`put`).
     """
-    folder = newest(folder)
+    folder = meant(folder) or folder
     if not (folder / MANIFEST).is_file():
         raise UserError(
             f"model.init_from={folder}: is no checkpoint of ours (a folder with {MANIFEST}) and no run folder. A "
@@ -147,7 +141,7 @@ def _put_shared(
 def other_rows(folder: Path, inputs: Any) -> str:
     """What of a recipe's `inputs` is not what the released file was trained with that this checkpoint was converted
     from, with the mend; "" where nothing is, or where nothing is known of it."""
-    stated = _manifest(folder).get("inputs") or {}
+    stated = read_manifest(folder).get("inputs") or {}
     own = to_dict(inputs)
     other = {name: value for name, value in stated.items() if name in own and own[name] != value}
     if not other:
@@ -155,18 +149,6 @@ def other_rows(folder: Path, inputs: Any) -> str:
     told = ", ".join(differences(other, {name: own[name] for name in other}, "inputs"))
     mend = " ".join(f"inputs.{name}={_text(value)}" for name, value in other.items())
     return f"{folder} was trained on rows made otherwise (its -> this recipe's): {told}. To run it as it was: {mend}"
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest; UserError: it is damaged."""
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text())
-        assert isinstance(manifest["files"][WEIGHTS], dict)
-        assert manifest.get("manifest_sha256") in (None, seal(manifest)["manifest_sha256"]), "another sha256"
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{file}: is damaged ({error!r}); use another checkpoint") from error
 
 
 def _text(value: Any) -> str:

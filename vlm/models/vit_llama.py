@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vlm.checkpoint_folders import meant
 from vlm.data.clips import ClipConfig
 from vlm.models.system import Cost, System, as_clips, check_same
-from vlm.models.trained import MANIFEST, newest, read_sealed
+from vlm.models.trained import read_sealed
 from vlm.nn.llama_block import FrozenLlama, norm_tensor, select_layers
 from vlm.nn.vision import PatchEmbed, block_flops, init_truncated_normal, make_blocks, run_blocks, sinusoid_table
 from vlm.types import Batch, Losses, LossTerm, UserError
@@ -179,9 +180,9 @@ class ViTLlamaConfig:
         """The model with fresh weights, its frozen layers loaded, `init_from` read where given."""
         model = ViTLlama(self)
         if self.init_from is not None:
-            source = newest(self.init_from)
-            ours = (source / MANIFEST).is_file()
-            report = load_pretrained(model, read_sealed(source)[0] if ours else read_state_dict(source), str(source))
+            ours = meant(self.init_from)
+            source = ours or self.init_from
+            report = load_pretrained(model, read_sealed(ours)[0] if ours else read_state_dict(source), str(source))
             log.info("%s: %s", source, report.sentence())
         return model
 

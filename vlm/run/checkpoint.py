@@ -18,11 +18,10 @@ one folder, flush it, read it back and compare; only then does it get its name, 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,19 +29,18 @@ from typing import Any
 
 from torch import Tensor
 
+from vlm import checkpoint_folders
+from vlm.checkpoint_folders import verify as verify  # told under this name too
 from vlm.distributed import from_main, stop_together
 from vlm.run import checkpoint_files, zero_state
-from vlm.run.checkpoint_files import MANIFEST, named, remove_unfinished
+from vlm.run.checkpoint_files import remove_unfinished
 from vlm.run.checkpoint_files import steps as steps  # told under this name too
 from vlm.run.checkpoint_group import Group
-from vlm.run.checkpoint_job import FORMAT, STATE, Facts, Job
+from vlm.run.checkpoint_job import FORMAT as FORMAT
+from vlm.run.checkpoint_job import STATE, Facts, Job
 from vlm.run.checkpoint_plan import OPTIMIZER, WEIGHTS, Plan, Source, describe, sources, whole_tensors
-from vlm.run.run_folder import read_json
-from vlm.tensor_files import check_file, seal
 from vlm.types import UserError
 
-READ = (1, FORMAT)
-"""Formats that can be read: 1 has a sha256 of each file and none of tensors, nor of the manifest itself."""
 SECONDS = 1800.0
 """How long writing a checkpoint may take where nothing else is said."""
 
@@ -236,69 +234,31 @@ def adam_steps(engine: Any) -> dict[str, Any]:
     return {"adam_steps": common, "adam_steps_of": {name: n for name, n in counts.items() if n != common}}
 
 
-def verify(folder: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
-    """The manifest of a checkpoint after comparing all that it says with the files, to the bit.
-
-    Args:
-        needs: files without which it is of no use to the caller.
-    Raises:
-        UserError: a file is missing or cannot be read, or its content is not what was written.
-    """
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") not in READ:
-        told = " and ".join(map(str, READ))
-        raise UserError(
-            f"{folder}/manifest.json: checkpoint format {manifest.get('format')!r}, this version reads {told}"
-        )
-    if manifest["format"] > 1 and seal(manifest) != manifest:
-        raise UserError(f"{folder}/manifest.json: is not as it was written (damaged on disk?); use another checkpoint")
-    files = manifest.get("files")
-    if not (isinstance(files, dict) and files and all(isinstance(entry, dict) for entry in files.values())):
-        raise UserError(f"{folder}/manifest.json: lists no files, so nothing can be checked; use another checkpoint")
-    for name in dict.fromkeys([*needs, *files]):
-        check_file(folder / name, manifest)
-    return manifest
-
-
 def newest(root: Path) -> tuple[Path, list[str]] | None:
     """The newest checkpoint that a run can go on from, and a sentence for each newer one that had to be passed over.
 
     Raises:
         UserError: there are checkpoints, and none is intact.
     """
-    passed_over: list[str] = []
-    for name in reversed(named(root)):  # without a manifest, damaged too
-        try:
-            verify(root / name, (WEIGHTS, OPTIMIZER, STATE))
-        except UserError as error:
-            passed_over.append(str(error))
-            continue
-        return root / name, passed_over
-    if passed_over:
-        raise UserError("no checkpoint of this run is intact: " + "; ".join(passed_over))
-    return None
+    found, passed_over = checkpoint_folders.newest(root, (WEIGHTS, OPTIMIZER, STATE))
+    reasons = list(passed_over.values())
+    if found is None and reasons:
+        raise checkpoint_folders.none_intact(reasons)
+    return None if found is None else (found, reasons)
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder meant by `path`: itself, or what a run folder's or checkpoint folder's `latest` names; the
-    newest intact one where `latest` names none.
+    """The checkpoint folder meant by `path` (`vlm.checkpoint_folders.meant`).
 
     Raises:
-        UserError: nothing of the kind is there.
+        UserError: nothing of the kind is there, or nothing intact.
     """
     if path.is_file():
         raise UserError(
             f"{path}: is a file, and a checkpoint of ours is a folder. If it is a published file, convert it first: "
             f"python tools/convert_ckpt.py {path} FOLDER --from FORMAT --to vlm"
         )
-    if (path / MANIFEST).is_file():
-        return path
-    for root in (path, path / "checkpoints"):
-        with contextlib.suppress(OSError):
-            latest = root / (root / "latest").read_text(errors="replace").strip()
-            if (latest / MANIFEST).is_file():
-                return latest
-        found = newest(root)
-        if found is not None:
-            return found[0]
+    found = checkpoint_folders.meant(path)
+    if found is not None:
+        return found
     raise UserError(f"{path}: is neither a checkpoint (manifest.json) nor a run folder with checkpoints/latest")

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlm.files import beyond
+from vlm.files import read_json as read_json  # told under this name too
 from vlm.metrics import caption, segments
 from vlm.metrics.choice import choice_metrics
 from vlm.metrics.classify import classification_metrics
@@ -18,32 +20,6 @@ Rows = Sequence[Prediction] | Sequence[Writing] | Sequence[Segmentation]
 """What a predictions.jsonl holds: rows of one kind."""
 
 LARGEST = sys.float_info.max  # JSON can hold whole numbers that no float can
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        UserError: no such file, not JSON (with the line), or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({_beyond(error)})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {type(value).__name__}, expected one JSON object")
-    return value
-
-
-def _beyond(error: Exception) -> str:
-    """What is wrong with JSON that is written as it should be, and yet beyond what can be read."""
-    return "lists or objects nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
 def read_rows(path: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
@@ -66,7 +42,7 @@ def read_rows(path: Path, damaged: list[str] | None = None) -> list[dict[str, An
         except json.JSONDecodeError as error:
             problem = f"is not JSON ({error.msg})"
         except (ValueError, RecursionError) as error:
-            problem = f"has {_beyond(error)}"
+            problem = f"has {beyond(error)}"
         if problem is None:
             rows.append(row)
         elif damaged is None:

@@ -16,7 +16,7 @@ from test_checkpoint import make_engine, step
 
 from vlm.distributed import join
 from vlm.errors import Stuck
-from vlm.run import checkpoint, checkpoint_files, checkpoint_job, zero_state
+from vlm.run import checkpoint, checkpoint_files, zero_state
 from vlm.run.checkpoint import Progress, Saver
 from vlm.run.engine import Engine
 from vlm.types import UserError
@@ -159,7 +159,7 @@ REFUSALS = [
     (checkpoint_files, "prepare", errno.EROFS),
     (checkpoint_files, "_write_manifest", errno.ENOSPC),
     (checkpoint_files, "_rename", errno.EIO),
-    (checkpoint_job, "replace_file", errno.EDQUOT),
+    (checkpoint_files, "replace_file", errno.EDQUOT),
 ]
 
 
@@ -203,6 +203,20 @@ def test_a_disk_that_gives_back_other_bytes_is_found(saver, tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"model\.safetensors gives back other bytes than were written"):
         save(saver, 2)
     assert torn
+    assert checkpoint.steps(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_a_disk_that_gives_back_other_bytes_of_a_small_file_is_found(saver, tmp_path, monkeypatch, name):
+    save(saver, 1)
+    usual = checkpoint_files.replace_file
+
+    def tear(path, content):
+        usual(path, content[: len(content) // 2] if path.name == name else content)
+
+    monkeypatch.setattr(checkpoint_files, "replace_file", tear)
+    with pytest.raises(UserError, match=rf"{name} gives back other bytes than were written"):
+        save(saver, 2)
     assert checkpoint.steps(tmp_path) == ["step-00000001"]
 
 

@@ -50,6 +50,11 @@ def _write_fragments(folder: Path, file: str, regions: Sequence[Region], plan: P
 def _sync_file(path: Path) -> None:
     """What was written to a file to the disk, and out of memory: what is read next is what the disk has."""
     sync(path)
+    _forget(path)
+
+
+def _forget(path: Path) -> None:
+    """Out of memory with what was read or written of a file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system that keeps nothing in memory
@@ -116,7 +121,19 @@ def prepare(folder: Path, plan: Plan) -> None:
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """The manifest, which makes it a checkpoint, with its own hash."""
-    replace_file(folder / MANIFEST, json.dumps(seal(manifest), indent=1).encode())
+    _write_small(folder / MANIFEST, json.dumps(seal(manifest), indent=1).encode())
+
+
+def _write_small(path: Path, content: bytes) -> None:
+    """A small file, read back from the disk.
+
+    Raises:
+        OSError: it could not be written, or gives back other bytes.
+    """
+    replace_file(path, content)
+    _forget(path)
+    if path.read_bytes() != content:
+        raise OSError(f"{path.name} gives back other bytes than were written: the disk is not sound")
 
 
 def _rename(temporary: Path, final: Path) -> None:

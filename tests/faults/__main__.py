@@ -41,7 +41,7 @@ def main() -> int:
     trials = [(options.kind[0], seed)] if options.number is None else list(ledger.series(chosen, seed, options.number))
     commit = ledger.commit_of_trials()
     print(f"{len(trials)} trials of {len(set(chosen))} kinds, SEED={seed}, commit {commit}", flush=True)
-    known = {(row.kind, row.seed): row for row in ledger.read(options.ledger) if row.commit == commit}
+    known = ledger.known(commit, options.ledger)
     rows = [known[trial] for trial in trials if trial in known and options.seed is not None and options.number]
     todo = [trial for trial in trials if trial not in {(row.kind, row.seed) for row in rows}]
     if rows:
@@ -60,8 +60,8 @@ def main() -> int:
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n")
+        if options.json:  # also of a series that is broken off
+            options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False) + "\n")
     lost = [row for row in rows if not row.survived]
     print(f"survived {len(rows) - len(lost)} of {len(rows)}, SEED={seed}")
     return 1 if lost else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,13 @@ def commit_of_trials(root: Path = ROOT) -> str:
     command = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *left_out]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return commit if done.stdout.strip() else commit.removesuffix("+changes")
+
+
+def known(commit: str, path: Path = LEDGER) -> dict[tuple[str, int], Row]:
+    """(kind, seed) -> the row of each trial of this very tree; none where it has changes: nobody can say which."""
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        return {}
+    return {(row.kind, row.seed): row for row in read(path) if row.commit == commit}
 
 
 def series(kinds: Sequence[str], seed: int, count: int) -> Iterator[tuple[str, int]]:

@@ -22,10 +22,11 @@ IN_CI = 15
 
 
 @pytest.mark.slow
-def test_random_faults_are_survived(tmp_path: Path) -> None:
-    """`VLM_SEED=N` repeats a series; the seed is printed."""
+def test_random_faults_are_survived(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`VLM_SEED=N` repeats a series; the seed is printed, also where all is well."""
     seed = int(os.environ.get("VLM_SEED", time.time_ns() % 10**6))
-    print(f"VLM_SEED={seed}")
+    with capfd.disabled():
+        print(f"\n{IN_CI} random faults, VLM_SEED={seed}", flush=True)
     command = [sys.executable, "-m", "tests.faults", "--number", str(IN_CI), "--seed", str(seed)]
     out = tmp_path / "rows.json"
     done = subprocess.run(
@@ -50,6 +51,15 @@ def test_there_are_at_least_24_kinds_and_each_says_what_it_does() -> None:
     for one in kinds.values():
         assert len(one.what) > 10, one.name
         assert len(one.checked) > 10, one.name
+
+
+def test_only_trials_of_this_very_tree_are_known(tmp_path: Path) -> None:
+    file, commit = tmp_path / "ledger.jsonl", "0123456789" * 4
+    for number, name in enumerate((commit, f"{commit}+changes", "unknown")):
+        ledger.write(Row("kill_fsync", number, True, "", name, 1.0), file)
+    assert list(ledger.known(commit, file)) == [("kill_fsync", 0)]
+    assert not ledger.known(f"{commit}+changes", file)
+    assert not ledger.known("unknown", file)
 
 
 def test_a_series_takes_all_kinds_in_turn_and_begins_the_same() -> None:

@@ -7,13 +7,16 @@ single process).
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 from typing import Any
 
 from vlm import rendezvous
 from vlm.errors import NoRendezvous, UserError
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -47,6 +50,23 @@ def find_starter() -> str:
     port = str(rendezvous.free_port())
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     return "single"
+
+
+def end_with_launcher(starter: str) -> None:
+    """Have the kernel end this process with the one that launched it.
+
+    torchrun and deepspeed look after their processes, but one that is itself killed leaves them behind, training on and
+    holding the run folder, in the way of the next start. mpirun's and Slurm's are ended by daemons.
+
+    Args:
+        starter: as `find_starter` says.
+    """
+    if starter != "torchrun" and "CROSS_RANK" not in os.environ:  # which deepspeed's launcher sets
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it went meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _of_slurm(given: set[str]) -> bool:

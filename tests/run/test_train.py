@@ -40,8 +40,10 @@ def assert_same_end(first: Path, second: Path) -> None:
         }
 
 
-def kill_after_step(arguments: list[str], folder: Path, step: int, processes: int, pause: float = 0.0) -> None:
-    """Start a run and kill -9 all of its processes once metrics.jsonl has `step` lines."""
+def kill_after_step(
+    arguments: list[str], folder: Path, step: int, processes: int, pause: float = 0.0, launcher_alone: bool = False
+) -> None:
+    """Start a run and kill -9 all of its processes, or what launched them, once metrics.jsonl has `step` lines."""
     process = start(arguments, processes)
     log = folder / "metrics.jsonl"
     deadline = time.monotonic() + 600
@@ -54,11 +56,11 @@ def kill_after_step(arguments: list[str], folder: Path, step: int, processes: in
     with suppress(psutil.NoSuchProcess):  # it has come to its end
         first = psutil.Process(process.pid)
         tree = [first, *first.children(recursive=True)]  # torchrun's sessions
-    for one in tree:
+    for one in tree[:1] if launcher_alone else tree:
         with suppress(psutil.NoSuchProcess):
             one.kill()
     process.communicate()
-    psutil.wait_procs(tree)
+    assert not psutil.wait_procs(tree, timeout=120)[1], "it trains on without its launcher"
 
 
 def test_a_run_writes_its_five_files_and_a_full_log(shape_shards, tmp_path):
@@ -106,7 +108,8 @@ def test_killed_at_random_moments_in_two_processes(shape_shards, tmp_path):
     rng = random.Random(seed)
     arguments = train_arguments(shape_shards, tmp_path / "killed", *settings)
     for attempt in range(5):
-        kill_after_step(arguments, tmp_path / "killed", 6 * attempt + rng.randrange(1, 8), 2, rng.uniform(0, 0.1))
+        step, pause = 6 * attempt + rng.randrange(1, 8), rng.uniform(0, 0.1)
+        kill_after_step(arguments, tmp_path / "killed", step, 2, pause, launcher_alone=attempt % 2 == 0)
         latest = tmp_path / "killed" / "checkpoints" / "latest"
         if latest.is_file():
             assert (latest.parent / latest.read_text().strip() / "manifest.json").is_file()

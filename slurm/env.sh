@@ -120,7 +120,11 @@ requeue_if_few() {
     fi
     comment=$(sed 's/ *failures:[0-9]*$//' <<<"$comment")
     if [[ -z $known ]] || ! ask scontrol update "JobId=$this_job" "Comment=${comment:+$comment }failures:$count"; then
-        echo "slurm: the job's comment could not be read or changed: this requeue is not counted"
+        echo "slurm: the job's comment could not be read or changed: what counts is how often the job has begun again"
+        if ((${SLURM_RESTART_COUNT:-0} >= most)); then
+            echo "slurm: $1, after $SLURM_RESTART_COUNT starts (VLM_MAX_REQUEUES=$most): not queued again"
+            return
+        fi
     fi
     requeue "$1 ($count of $most)"
 }

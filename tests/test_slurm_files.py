@@ -265,11 +265,16 @@ SILENCES = {
     ),
     "when asked for the comment": (
         {**HUNG, "SILENT": "show=99"},
-        *({"squeue": 1, "show": 24, "requeue": 1}, None, True, "this requeue is not counted"),
+        *({"squeue": 1, "show": 24, "requeue": 1}, None, True, "what counts is how often the job has begun again"),
     ),
     "when told the comment": (
         {**HUNG, "SILENT": "update=99"},
-        *({"squeue": 1, "show": 1, "update": 24, "requeue": 1}, None, True, "this requeue is not counted"),
+        *(
+            {"squeue": 1, "show": 1, "update": 24, "requeue": 1},
+            None,
+            True,
+            "what counts is how often the job has begun again",
+        ),
     ),
     "when asked for the state, and it saved": (
         {"ENDS": "85", "SILENT": "squeue=99"},
@@ -293,7 +298,21 @@ SILENCES = {
     ),
     "no, the comment is not yours": (
         {**HUNG, "SILENT": "update=99", "ERROR": "Access/permission denied"},
-        *({"squeue": 1, "show": 1, "update": 1, "requeue": 1}, None, True, "this requeue is not counted"),
+        *(
+            {"squeue": 1, "show": 1, "update": 1, "requeue": 1},
+            None,
+            True,
+            "what counts is how often the job has begun again",
+        ),
+    ),
+    "no, the comment is not yours, and it has begun again often": (
+        {**HUNG, "SILENT": "update=99", "ERROR": "Access/permission denied", "SLURM_RESTART_COUNT": "10"},
+        *(
+            {"squeue": 1, "show": 1, "update": 1},
+            None,
+            False,
+            "after 10 starts (VLM_MAX_REQUEUES=10): not queued again",
+        ),
     ),
     "no requeue": (
         {"ENDS": "85", "SILENT": "requeue=99", "ERROR": "Requested operation is presently disabled"},

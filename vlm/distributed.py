@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from vlm.meeting import join_group, open_meeting
-from vlm.starters import find_starter
+from vlm.starters import end_with_launcher, find_starter
 from vlm.types import UserError
 
 ValueT = TypeVar("ValueT")
@@ -57,7 +58,9 @@ def join(timeout_minutes: float = 30.0) -> World:
         NoRendezvous: rank 0 is not reached, a rank does not come, or a first sum over all fails: one line that says
             which (vlm.meeting), after VLM_RENDEZVOUS_SECONDS at the latest.
     """
-    meeting = open_meeting(find_starter())
+    starter = find_starter()
+    end_with_launcher(starter)
+    meeting = open_meeting(starter)
     cuda = on_cuda()
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -174,7 +177,7 @@ def stop_together(problem: UserError | None, device: torch.device) -> None:
     if sum_over_ranks([float(problem is not None)], device)[0]:
         told = gather_objects(problem)
         first: UserError = share_object(next(filter(None, told)) if told else None)
-        raise type(first)(str(first)) from problem
+        raise copy.copy(first) from problem  # an error is not to be its own cause
 
 
 def barrier() -> None:

@@ -14,6 +14,9 @@ class NoRendezvous(UserError):
 class Stuck(UserError):
     """A file system does not answer: another start, on other hosts or later, may do."""
 
+    rank: int | None = None
+    """Whose."""
+
 
 class DamagedMemory(FloatingPointError):
     """Tensors in memory are no longer what they were: another start loads them anew."""

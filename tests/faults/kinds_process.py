@@ -17,8 +17,8 @@ PREEMPTED = (
 )
 TOLD = "within 30 s of hang_seconds a report in RUN/hang names that rank, and the job ends with status 86; " + SAME
 STUCK = (
-    "within 30 s of checkpoint_seconds the run ends with status 86 and says which rank is at what; what was saved "
-    "before is intact; " + SAME
+    "within 30 s of checkpoint_seconds the run ends with status 86 and a report that says which rank is at what, with "
+    "the stacks of all; what was saved before is intact; " + SAME
 )
 PHASES = ("load", "collective", "forward", "backward", "optimizer", "log", "check", "save")
 HANG_SECONDS = 6.0
@@ -220,6 +220,9 @@ def stuck_save(trial: Trial) -> str:
     assert took < limit + 30, f"told after {took:.0f} s"
     said = f"rank {rank} is still at this: flushing"
     assert said in printed, printed[-1500:]
+    (report,) = (trial.run_dir / "hang").glob("*.txt")
+    assert f"to blame: rank {rank}\n" in report.read_text(), report.read_text()[:1500]
+    assert "thread save step-" in report.read_text(), "the stacks tell where it is"
     text = trial.survives(setting, reference=trial.workshop.reference(_plain(setting)))
     return f"{trial.struck()[0]}, told after {took:.0f} s; {text}"
 

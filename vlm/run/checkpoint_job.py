@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlm.errors import Stuck
-from vlm.files import replace_file, sync
+from vlm.files import sync
 from vlm.run import checkpoint_files as files
 from vlm.run.checkpoint_group import WAITING, Group, grace
 from vlm.run.checkpoint_plan import OPTIMIZER, WEIGHTS, Plan, missing_message
@@ -80,11 +80,13 @@ class Job:
         allowed = self._seconds + (grace(self._seconds) if doing == WAITING else 0.0)
         if spent < allowed:
             return None
-        return Stuck(
+        stuck = Stuck(
             f"{self.final}: has been written for {spent:.0f} s (checkpoint_seconds={self._seconds:g}), and rank "
             f"{self._group.rank} is still at this: {doing}. What was saved before is intact. Mend: look at the file "
             "system, or allow more seconds; then the same command goes on from there"
         )
+        stuck.rank = self._group.rank
+        return stuck
 
     def join(self, alive: Callable[[], None]) -> None:
         """Until it is done, or has taken too long (see `problem`). `alive` is called whenever it has got on."""
@@ -180,7 +182,7 @@ class Job:
         """Rank 0, when all have read back what they wrote: what makes a folder a checkpoint."""
         self._group.doing = "finishing"
         root, name = self.final.parent, self.final.name
-        replace_file(folder / STATE, self._facts.state.encode())
+        files._write_small(folder / STATE, self._facts.state.encode())
         files._write_manifest(folder, self._manifest(folder, hashes))
         sync(folder)
         files._rename(folder, self.final)

@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -167,6 +168,8 @@ def _guarded(job: Job, parser: _Parser, arguments: list[str] | None) -> int:
             _tell(f"error: {error}")
             return HUNG if isinstance(error, NoRendezvous | Stuck) else 2
         except Preempted as stopped:
+            for number in (signal.SIGUSR1, signal.SIGTERM):  # a second one changes nothing
+                signal.signal(number, signal.SIG_IGN)
             if place()[0] == 0:
                 sys.stderr.write(f"stopped: {stopped}; the same command goes on\n")
             return PREEMPTED

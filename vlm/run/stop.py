@@ -45,6 +45,8 @@ class Stop:
             signal.signal(number, handler)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self.is_asked():  # it is on its way out already
+            return
         self.asked = signal.Signals(number).name
         if not self.waits:
             raise Preempted(f"{self.asked} came outside of training steps: nothing is lost")

@@ -16,7 +16,7 @@ from vlm.data.order import batch_digest
 from vlm.data.rng import derive_seed
 from vlm.data.stream import Stream
 from vlm.distributed import World, barrier, from_main, stop_together, sum_over_ranks
-from vlm.errors import Preempted
+from vlm.errors import Preempted, Stuck
 from vlm.nn.attention import choose_attention
 from vlm.recipe import Recipe, check_inputs
 from vlm.run import evaluate, record, restore
@@ -50,12 +50,18 @@ def train(recipe: Recipe, name: str, overrides: list[str], hardware: dict[str, A
         Preempted: a signal came (vlm.run.stop), and all that was done is saved.
     """
     check_inputs(recipe)
-    stream = open_stream(recipe)
     config = derive(hardware, recipe, world.size)
-    launch = Launch(recipe, name, overrides, config, world, choose_attention(world.device, precision(config)))
     watchdog = Watchdog(recipe.run_dir, recipe.hang_seconds, world)
-    with Stop() as stop, watchdog, record.sole_run(recipe, world):
-        _train(launch, stream, stop, watchdog)
+    with Stop() as stop, watchdog:
+        watchdog.phase("build")
+        stream = open_stream(recipe)
+        launch = Launch(recipe, name, overrides, config, world, choose_attention(world.device, precision(config)))
+        with record.sole_run(recipe, world):
+            try:
+                _train(launch, stream, stop, watchdog)
+            except Stuck as error:  # told to all ranks together
+                watchdog.report(str(error), error.rank)
+                raise
 
 
 def _train(launch: Launch, stream: Stream, stop: Stop, watchdog: Watchdog) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from vlm.distributed import World
+from vlm.distributed import World, gather_objects
 from vlm.errors import HUNG
 from vlm.run import watchdog_post as post
 from vlm.run import watchdog_report as report
@@ -247,15 +247,33 @@ class Watchdog:
         silence = min(10.0, self._limit)
         return [Sight(one.beat, max(one.quiet, self._limit)) if one.quiet >= silence else one for one in sights]
 
-    def _end(self, why: str) -> None:
-        """Tell, and end this process."""
-        self._last_resort.end_in(_MOST_TO_END)
-        skip = [threading.get_ident(), None if self._post is None else self._post.ident]
+    def report(self, why: str, stuck: int | None) -> None:
+        """Write the report of ranks that found out together why they cannot go on. Collective.
+
+        Args:
+            why: what they found.
+            stuck: the rank that is to blame.
+        """
+        if self._limit:
+            plain = gather_objects(report.to_plain(self._tell()))
+            if plain is not None:
+                told = {one.beat.rank: one for one in map(report.from_plain, plain)}
+                sights = {rank: Sight(one.beat, 0.0) for rank, one in told.items()}
+                self._write(report.compose(told, sights, {}, self._limit, self._silence, why, stuck))
+
+    def _tell(self) -> Told:
+        """What this rank knows of itself."""
+        skip = [self._thread.ident, None if self._post is None else self._post.ident]
         loading: list[str] = []
         with contextlib.suppress(RuntimeError, ValueError, KeyError, OSError):
             loading = [f"{about} ({seconds:.1f} s)" for _, about, seconds in (self._at_work or tuple)()]
         place = f"process {os.getpid()} of {os.uname().nodename}"
-        told = Told(self._beat(), place, list(self._keys), loading, report.stacks(skip))
+        return Told(self._beat(), place, list(self._keys), loading, report.stacks(skip))
+
+    def _end(self, why: str) -> None:
+        """Tell, and end this process."""
+        self._last_resort.end_in(_MOST_TO_END)
+        told = self._tell()
         gathered, silent, sights = {told.beat.rank: told}, dict[int, str](), {told.beat.rank: Sight(told.beat, 0.0)}
         if self._post is not None:
             lost = self._post.is_lost()

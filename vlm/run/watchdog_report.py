@@ -134,7 +134,13 @@ def stacks(leave_out: Sequence[int | None] = ()) -> str:
 
 
 def compose(
-    told: dict[int, Told], sights: dict[int, Sight], silent: dict[int, str], limit: float, silence: float, why: str
+    told: dict[int, Told],
+    sights: dict[int, Sight],
+    silent: dict[int, str],
+    limit: float,
+    silence: float,
+    why: str,
+    stuck: int | None = None,
 ) -> str:
     """The report of a run that hangs.
 
@@ -145,9 +151,13 @@ def compose(
         limit: seconds without a sign of life that were allowed.
         silence: see `to_blame`.
         why: what raised the alarm.
+        stuck: the rank that is to blame, where that is known.
     """
-    blamed = to_blame([sights[rank] for rank in sorted(sights)], limit, silence)
-    lines = [f"the run hangs: {why} (hang_seconds={limit:g})", _accuse(blamed, sights)]
+    if stuck is None:
+        blamed = to_blame([sights[rank] for rank in sorted(sights)], limit, silence)
+        lines = [f"the run hangs: {why} (hang_seconds={limit:g})", _accuse(blamed, sights)]
+    else:
+        blamed, lines = [stuck], [f"the run hangs: {why}", f"to blame: rank {stuck}"]
     for rank in sorted(sights):
         mark = "  <- to blame" if rank in blamed[:SHOWN] else ""
         if rank < SHOWN or rank in blamed[:SHOWN]:

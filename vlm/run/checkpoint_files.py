@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +16,10 @@ from typing import Any
 
 import torch
 
+from vlm.checkpoint_folders import MANIFEST, named
 from vlm.files import replace_file, sync
 from vlm.run.checkpoint_plan import Plan, Region, Source
 from vlm.tensor_files import CHUNK, hash_of, seal
-
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-\d{8,}")  # what else lies there (a copy that somebody made) is not ours to read or remove
 
 Moved = Callable[[int], None]
 """Told how many bytes have been written, read or hashed."""
@@ -180,11 +177,6 @@ def remove_unfinished(root: Path) -> None:
         else:
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def named(root: Path) -> list[str]:
-    """Whatever has the name of a checkpoint under `root`, damaged or not, oldest first."""
-    return sorted(path.name for path in root.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def steps(root: Path) -> list[str]:

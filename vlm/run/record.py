@@ -20,13 +20,14 @@ from typing import Any
 import psutil
 import torch
 
+from vlm import checkpoint_folders
 from vlm.config import differences, to_dict
 from vlm.data.tokenizers import content_hash
 from vlm.distributed import World, from_main
 from vlm.files import sole_writer, write_json, write_text
 from vlm.nn.attention import AttentionChoice
 from vlm.recipe import Recipe
-from vlm.run import checkpoint, checkpoint_files
+from vlm.run import checkpoint
 from vlm.run.log import command_line, git_commit, versions
 from vlm.run.run_folder import read_json
 from vlm.types import UserError
@@ -138,7 +139,7 @@ def open_training(launch: Launch, fingerprint: str) -> tuple[Path | None, dict[s
 def _open_training(launch: Launch, fingerprint: str) -> tuple[Path | None, dict[str, Any]]:
     folder, root = launch.folder, launch.folder / "checkpoints"
     about = launch.describe() | {"shards": fingerprint, "tokenizer": tokenizer_hash(launch.recipe)}
-    if not checkpoint_files.named(root):  # one without a manifest is damaged, and no reason to begin anew
+    if not checkpoint_folders.named(root):  # one without a manifest is damaged, and no reason to begin anew
         if (folder / NAME).is_file() and "checkpoint" in _read(folder):
             raise UserError(
                 f"{folder} holds an evaluation, whose results training would replace: give another run_dir=DIR"

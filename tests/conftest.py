@@ -9,6 +9,7 @@ Under VLM_CI=1 a skip is a failure of the session unless its reason is on `ALLOW
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,12 @@ ALLOWED = (
 """Beginnings of the reasons for which a test may be skipped under VLM_CI: hardware, data that cannot be shared, a Java
 program of others whose recorded answers are compared with in any case, and what a sandbox may refuse even to root.
 NO_GOLDEN joins them while VLM_GOLDENS is not set."""
+
+
+def pytest_configure() -> None:
+    """A shell has what it runs in the background ignore Ctrl-C, and so would all programs that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

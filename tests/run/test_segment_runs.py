@@ -229,7 +229,7 @@ def test_what_cannot_be_scored_stops_the_evaluation(
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_the_best_checkpoint(shards: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = w.recipe(shards, tmp_path, inputs=Timed, metric="f1_10")
     world = w.World(0, 1, 0, w.torch.device("cpu"), "single")
     replica = Replica(w.model_of(settings), world, w.torch.float32)
@@ -239,6 +239,8 @@ def test_the_best_checkpoint(shards: Path, tmp_path: Path) -> None:
     assert 0 < progress.best_metric <= 1  # type: ignore[operator]
     Timed.said = cycle(ANSWERS)
     assert not evaluate.is_best(settings, replica, world, progress, told.append)
+    monkeypatch.setattr(evaluate, "metrics_of", lambda rows, kinds: {"f1_10": float("nan")})
+    assert not evaluate.is_best(settings, replica, world, Progress(), told.append), "nan is never the best"
     with pytest.raises(ValueError, match="it must be mof or edit or f1_10 or f1_25 or f1_50"):
         w.recipe(shards, tmp_path, inputs=Timed, metric="cider")
 
